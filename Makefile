@@ -1,0 +1,28 @@
+# `make test` creates .venv and installs what is missing, then runs the tests; a second call does not reinstall.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install test slow-test lint clean
+
+install: .venv/.installed
+
+.venv/.installed: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest
+
+slow-test: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check llava_ds tests
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info

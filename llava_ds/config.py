@@ -1,0 +1,226 @@
+"""Recipes: strict settings from YAML, with ``--set key.path=value`` overrides.
+
+An unknown key is an error that names the nearest known one. The DeepSpeed JSON owns ZeRO, offload and
+communication; the recipe owns batch sizes, learning rate, clipping and precision (engine/ds_config.py joins them).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llava_ds.errors import ConfigError
+
+RECIPE_FOLDER = Path(str(resources.files("llava_ds") / "recipes"))
+PREPARED = "{prepared}"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Strict):
+    """Which parts the model is made of."""
+
+    vision_tower: str
+    """Name of an open_clip model, or a folder with ``tower_config.json``."""
+    vision_pretrained: str | None = None
+    """open_clip's tag or file of the tower's weights; None for a folder."""
+    llm: str
+    """Name or folder of a transformers causal LM."""
+    llm_init: Literal["pretrained", "random"] = "pretrained"
+    projector: Literal["linear", "mlp2x_gelu"]
+    """``linear`` is the paper's W; ``mlp2x_gelu`` is LLaVA-1.5's."""
+    select_layer: int = Field(-2, le=-1)
+    """Whose output are the patch features: -2 is the block before the last."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    gradient_checkpointing: bool = False
+    init_from: str | None = None
+    """Run folder or checkpoint step whose projector (and LLM, where it trained) are loaded."""
+    zero_features: bool = False
+    """Blind runs: the patch features are zeros."""
+
+
+class DataConfig(_Strict):
+    """What is read, and how it becomes batches."""
+
+    path: str
+    image_root: str | None = None
+    template: str
+    placement: Literal["random", "as_data", "front"]
+    max_length: int = Field(2048, ge=2)
+    """Tokens of a sample at most, image patches counted."""
+    image_aspect_ratio: Literal["square", "pad"] = "square"
+    num_workers: int = Field(4, ge=0)
+    feature_cache: str | None = None
+    """Folder of a cache of the frozen tower's features; None computes them every time."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    packing: Literal["packed", "padded"] = "packed"
+
+
+class TrainConfig(_Strict):
+    """What trains, for how long, and how fast."""
+
+    trainable: list[Literal["projector", "llm"]] = Field(min_length=1)
+    epochs: float = Field(1, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    global_batch_size: int = Field(ge=1)
+    """Samples of one optimizer step, over all ranks and accumulation steps."""
+    micro_batch_size: int = Field(ge=1)
+    """Samples of one forward pass of one rank."""
+    learning_rate: float = Field(gt=0)
+    projector_learning_rate: float | None = Field(None, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = Field(1e-8, gt=0)
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    loss_averaging: Literal["global_tokens", "per_micro_batch"] = "global_tokens"
+    save_steps: int | None = Field(None, ge=1)
+    keep_last: int = Field(1, ge=1)
+
+
+class RunConfig(_Strict):
+    """One run, as a recipe file states it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    seed: int = Field(0, ge=0)
+    prepare: Literal["quickstart"] | None = None
+    """Data and models that are built first; ``{prepared}`` in a string stands for their folder."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        if self.train.global_batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size={self.train.micro_batch_size}; change one of them"
+            )
+        if len(set(self.train.trainable)) != len(self.train.trainable):
+            raise ValueError(f"train.trainable={self.train.trainable} names a part twice; name each once")
+        return self
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(str(p.relative_to(RECIPE_FOLDER).with_suffix("")) for p in RECIPE_FOLDER.rglob("*.yaml"))
+
+
+def find_recipe(name_or_file: str) -> Path:
+    """The file of a shipped recipe or of a path. Raises ConfigError with the nearest names."""
+    shipped = RECIPE_FOLDER / f"{name_or_file}.yaml"
+    if shipped.is_file():
+        return shipped
+    path = Path(name_or_file)
+    if path.is_file():
+        return path
+    known = list_recipes()
+    near = difflib.get_close_matches(name_or_file, known, n=3)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(
+        f"unknown recipe {name_or_file!r}: neither a shipped recipe nor a file.\n"
+        f"  {hint}Shipped recipes: {', '.join(known)}"
+    )
+
+
+def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a recipe and applies ``key.path=value`` overrides (values are YAML).
+
+    Raises ConfigError that lists every wrong key and value at once.
+    """
+    path = find_recipe(name_or_file)
+    raw = read_yaml_mapping(path)
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, where=str(path))
+
+
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigError with the file and the place."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}\n  Fix the file at the place shown.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file: {error}\n  Give a YAML file.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{path}: holds a {type(raw).__name__}, not a mapping.\n  See docs/training.md for a recipe."
+        )
+    return raw
+
+
+def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
+    """A checked config from plain data; ``where`` is named in errors."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors()]
+        raise ConfigError(f"{where}: {len(lines)} problem(s):\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def resolve_prepared(config: RunConfig, prepared: Path) -> RunConfig:
+    """The config with ``{prepared}`` replaced by the folder of the prepared data."""
+
+    def substitute(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: substitute(item) for key, item in value.items()}
+        return value.replace(PREPARED, str(prepared)) if isinstance(value, str) else value
+
+    return RunConfig.model_validate(substitute(config.model_dump()))
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r} is not of the form key.path=value; e.g. --set train.max_steps=10")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {key}: {parent!r} holds a value, not a group; see --help for the keys")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {text!r} is not a YAML value: {error}") from error
+    # YAML 1.1 reads 1e-3 (no dot) as text; a recipe's author means the number.
+    node[last] = _number_or(value)
+
+
+def _number_or(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _describe(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    got = "" if problem["type"] in ("missing", "value_error") else f", got {problem['input']!r}"
+    return f"{key}: {problem['msg']}{got}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    groups: dict[str, type[BaseModel]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    model = groups.get(location[0], RunConfig) if location else RunConfig
+    return list(model.model_fields)

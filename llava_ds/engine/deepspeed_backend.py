@@ -1,0 +1,69 @@
+"""The one import site of DeepSpeed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from torch import nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from llava_ds.engine.ds_config import zero_stage
+
+
+def init_distributed(device: torch.device, timeout_s: float) -> None:
+    """Joins the process group of the launcher's environment (NCCL on GPUs, gloo on CPUs)."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Otherwise DeepSpeed compiles a shared-memory operator for about a minute, and fails without a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def hold_partitioned_construction(ds_config: dict[str, Any]) -> HfDeepSpeedConfig | None:
+    """Lets transformers build and load models partitioned while the returned object is alive.
+
+    Hold it in a variable until training ends: transformers keeps a weak reference only. None below ZeRO-3.
+    """
+    return HfDeepSpeedConfig(ds_config) if zero_stage(ds_config) == 3 else None
+
+
+def initialize_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, ds_config: dict[str, Any]
+) -> Any:
+    """A DeepSpeed engine around the model."""
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    return engine
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, also where it is partitioned."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def iterate_trained(model: nn.Module, is_main: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Name and whole value of every trained parameter, one at a time; the value on rank 0 only.
+
+    Every rank must exhaust the iterator: gathering is collective.
+    """
+    for name, parameter in trained_parameters(model):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield name, parameter.detach().cpu() if is_main else None
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that train, in the model's order."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def load_full_parameter(parameter: nn.Parameter, value: torch.Tensor, is_main: bool) -> None:
+    """Copies a whole value into a parameter, also where it is partitioned (rank 0's value wins)."""
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        if is_main or not hasattr(parameter, "ds_shape"):
+            parameter.copy_(value)

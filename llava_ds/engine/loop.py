@@ -1,0 +1,127 @@
+"""The one training loop. A stage is data: a freeze table, learning rates, a template, a data set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from llava_ds.data.sampler import StepPlan
+from llava_ds.schema import Batch
+
+
+class Tracker(Protocol):
+    """Where the numbers of a step go."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Takes one step's numbers."""
+
+    def close(self) -> None:
+        """Ends the run."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop must know of the run."""
+
+    world_size: int
+    grad_accum_steps: int
+    loss_averaging: str
+    save_steps: int | None
+    device: torch.device
+
+
+@dataclass
+class Progress:
+    """Where training stands after a step."""
+
+    step: int = 0
+    samples_seen: int = 0
+    tokens_seen: int = 0
+    loss: float = float("nan")
+
+
+def train(
+    engine: Any,
+    batches: Iterable[Batch],
+    plans: Iterable[StepPlan],
+    supervised_tokens: Callable[[StepPlan], int],
+    settings: LoopSettings,
+    trackers: list[Tracker],
+    save: Callable[[Progress], None],
+) -> Progress:
+    """Runs every planned step and saves at the end (and every ``save_steps``).
+
+    The loss of a step is the sum over its supervised tokens divided by their number over all ranks and
+    micro-batches, so its gradients do not depend on how the step is split; with ``per_micro_batch`` every
+    micro-batch of every rank is averaged by itself first, as the official trainer does.
+    """
+    progress = Progress()
+    stream = iter(batches)
+    engine.train()
+    for plan in plans:
+        started = time.perf_counter()
+        lr = engine.get_lr()[0]
+        denominator = max(1, supervised_tokens(plan))
+        totals = torch.zeros(3, dtype=torch.float64)  # loss, tokens, seconds spent waiting for data
+        for _ in range(settings.grad_accum_steps):
+            waiting = time.perf_counter()
+            batch = next(stream)
+            totals[2] += time.perf_counter() - waiting
+            share = _step_share(batch, denominator, settings)
+            loss = engine(batch.to(settings.device)) * share
+            totals[0] += loss.item()
+            totals[1] += batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
+            # DeepSpeed averages over ranks and accumulation steps; ours is a sum.
+            engine.backward(loss * (settings.world_size * settings.grad_accum_steps))
+            engine.step()
+        totals = _sum_over_ranks(totals, settings)
+        progress.step += 1
+        progress.samples_seen += len(plan.slots)
+        progress.tokens_seen += int(totals[1])
+        progress.loss = float(totals[0])
+        seconds = time.perf_counter() - started
+        record = {
+            "step": progress.step,
+            "loss": progress.loss,
+            "lr": lr,
+            "grad_norm": _grad_norm(engine),
+            "samples_per_s": len(plan.slots) / seconds,
+            "tokens_per_s": float(totals[1]) / seconds,
+            "data_wait_frac": float(totals[2]) / settings.world_size / seconds,
+            "samples_seen": progress.samples_seen,
+            "tokens_seen": progress.tokens_seen,
+            "step_s": seconds,
+        }
+        for tracker in trackers:
+            tracker.log(record)
+        if settings.save_steps and progress.step % settings.save_steps == 0:
+            save(progress)
+    if not settings.save_steps or progress.step % settings.save_steps:
+        save(progress)
+    for tracker in trackers:
+        tracker.close()
+    return progress
+
+
+def _step_share(batch: Batch, denominator: int, settings: LoopSettings) -> float:
+    if settings.loss_averaging == "global_tokens":
+        return 1.0 / denominator
+    return 1.0 / (max(1, batch.num_supervised) * settings.world_size * settings.grad_accum_steps)
+
+
+def _sum_over_ranks(totals: torch.Tensor, settings: LoopSettings) -> torch.Tensor:
+    if settings.world_size == 1:
+        return totals
+    moved = totals.to(settings.device)
+    dist.all_reduce(moved)
+    return moved.cpu()
+
+
+def _grad_norm(engine: Any) -> float | None:
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)

@@ -1,0 +1,86 @@
+"""From a model config to a Llava and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_flash_attn_2_available
+
+from llava_ds.config import ModelConfig
+from llava_ds.errors import BackendUnavailableError, ConfigError
+from llava_ds.models.llava import Llava
+from llava_ds.models.projector import build_projector
+from llava_ds.models.vision_tower import build_tower
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend that was chosen once, and why."""
+
+    name: str
+    reason: str
+
+
+def resolve_attention(asked: str, device: torch.device) -> Backend:
+    """The attention implementation: what was asked for, or for ``auto`` the best that works here.
+
+    Raises BackendUnavailableError when flash attention is asked for by name and cannot run.
+    """
+    usable = device.type == "cuda" and is_flash_attn_2_available()
+    why_not = "no CUDA device" if device.type != "cuda" else "the package flash-attn is not installed"
+    if asked == "auto":
+        if usable:
+            return Backend("flash_attention_2", "flash-attn is installed and the device is CUDA")
+        return Backend("sdpa", f"flash attention is not usable: {why_not}")
+    if asked == "flash_attention_2" and not usable:
+        raise BackendUnavailableError(
+            f"model.attn_implementation=flash_attention_2 cannot run: {why_not}.\n"
+            "  Install the extra llava_ds[flash] on a CUDA machine, or use auto or sdpa."
+        )
+    return Backend(asked, "asked for by name")
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of an LLM folder or name. Raises ConfigError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.llm={name!r}: no tokenizer can be loaded: {error}\n"
+            "  Give a transformers folder, or a name that is downloaded already or can be."
+        ) from error
+
+
+def build_llm(config: ModelConfig, attn_implementation: str, dtype: torch.dtype, seed: int) -> Any:
+    """The causal LM, pretrained or random.
+
+    While an ``HfDeepSpeedConfig`` of ZeRO-3 is alive, transformers builds and loads it partitioned: no rank
+    holds all of it.
+    """
+    try:
+        if config.llm_init == "pretrained":
+            return AutoModelForCausalLM.from_pretrained(
+                config.llm, dtype=dtype, attn_implementation=attn_implementation
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            llm_config = AutoConfig.from_pretrained(config.llm)
+            return AutoModelForCausalLM.from_config(llm_config, dtype=dtype, attn_implementation=attn_implementation)
+    except OSError as error:
+        raise ConfigError(
+            f"model.llm={config.llm!r} cannot be loaded: {error}\n  Give a transformers folder or name."
+        ) from error
+
+
+def build_model(config: ModelConfig, attn_implementation: str, dtype: torch.dtype, seed: int) -> Llava:
+    """The whole model, every parameter not yet frozen or thawed (see ``apply_freezing``)."""
+    tower = build_tower(config.vision_tower, config.vision_pretrained, config.select_layer).to(dtype)
+    llm = build_llm(config, attn_implementation, dtype, seed)
+    if config.gradient_checkpointing:
+        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    width = llm.config.get_text_config().hidden_size
+    projector = build_projector(config.projector, tower.spec.width, width, seed).to(dtype)
+    return Llava(tower, projector, llm, zero_features=config.zero_features)

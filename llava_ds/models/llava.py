@@ -1,0 +1,78 @@
+"""The LLaVA model: a frozen vision tower, a projector, and any transformers causal LM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llava_ds.constants import IGNORE_INDEX
+from llava_ds.models.vision_tower import VisionTower
+from llava_ds.ops.project_splice import project_splice
+from llava_ds.schema import Batch
+
+
+class Llava(nn.Module):
+    """Answers about images: patch features are projected and take the image's place among the word embeddings.
+
+    ``zero_features`` replaces the patch features by zeros, for blind runs.
+    """
+
+    def __init__(self, vision_tower: VisionTower, projector: nn.Module, llm: Any, zero_features: bool = False) -> None:
+        super().__init__()
+        self.vision_tower = vision_tower
+        self.projector = projector
+        self.llm = llm
+        self.zero_features = zero_features
+
+    def patch_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[I, 3, H, W] -> [I, P, C]."""
+        features = self.vision_tower(pixel_values)
+        return torch.zeros_like(features) if self.zero_features else features
+
+    def inputs_embeds(
+        self, input_ids: torch.Tensor, patch_features: torch.Tensor, image_rows: torch.Tensor
+    ) -> torch.Tensor:
+        """[B, S] ids and [I, P, C] features -> [B, S, D], images in their places."""
+        # Image positions hold a negative stand-in, which is no row of the table; any row will do there.
+        text_embeds = self.llm.get_input_embeddings()(input_ids.clamp(min=0))
+        features = torch.zeros_like(patch_features) if self.zero_features else patch_features
+        dtype = next(self.projector.parameters()).dtype
+        return project_splice(features.to(dtype), self.projector, text_embeds, image_rows)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """[B, K, V] logits at the batch's ``loss_columns``; the LM head runs nowhere else."""
+        features = batch.patch_features
+        if features is None:
+            if batch.pixel_values is None:
+                raise ValueError("a batch needs pixel_values or patch_features, a dummy image at least; got neither")
+            features = self.patch_features(batch.pixel_values)
+        embeds = self.inputs_embeds(batch.input_ids, features, batch.image_rows)
+        return self.llm(
+            inputs_embeds=embeds,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            logits_to_keep=batch.loss_columns,
+            **self._packed_attention(batch),
+        ).logits
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Sum of the cross entropy over the batch's supervised tokens, in fp32 (a scalar)."""
+        logits = self.logits(batch).float()
+        return F.cross_entropy(
+            logits.flatten(0, 1), batch.loss_labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+
+    def _packed_attention(self, batch: Batch) -> dict[str, Any]:
+        # Flash attention takes the sample boundaries; sdpa and eager read them from position_ids.
+        if batch.cu_seqlens is None or self.llm.config._attn_implementation != "flash_attention_2":
+            return {}
+        return {
+            "cu_seq_lens_q": batch.cu_seqlens,
+            "cu_seq_lens_k": batch.cu_seqlens,
+            "max_length_q": batch.max_seqlen,
+            "max_length_k": batch.max_seqlen,
+        }

@@ -1,0 +1,98 @@
+"""The nouns of the path from a record to a batch.
+
+Shapes use one alphabet everywhere: ``B`` rows, ``S`` padded length, ``T`` packed tokens, ``I`` images,
+``P`` patches per image, ``C`` vision width, ``D`` LLM width, ``V`` vocabulary, ``K`` supervised columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+Role = Literal["user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. A user's text may hold ``<image>`` placeholders, one for each image of the sample."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation.
+
+    ``images`` holds paths as written in the record; ``origin`` says where the record stands
+    (``train.json[17]``), for error messages.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    origin: str
+
+    def where(self) -> str:
+        """The place of this sample in an error message."""
+        return f"{self.origin} id={self.id!r}"
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample as ids and labels of equal length, both from one call.
+
+    Each image stands as ``P`` consecutive ``IMAGE_TOKEN_INDEX`` entries, in the order of ``images``.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of positions that the loss reads."""
+        return sum(label >= 0 for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, on the CPU or moved by ``to``.
+
+    ``input_ids``      [B, S] with ``IMAGE_TOKEN_INDEX`` at patch positions; B = 1 and S = T when packed.
+    ``position_ids``   [B, S], starting at 0 in every sample.
+    ``attention_mask`` [B, S] bool when padded, None when packed.
+    ``cu_seqlens``     [num_samples + 1] int32 when packed, None when padded.
+    ``image_rows``     [I * P] rows of the flattened [B * S] sequence that the patches fill, in order.
+    ``pixel_values``   [I, 3, H, W] of the images, or None when ``patch_features`` is given.
+    ``patch_features`` [I, P, C] from the feature cache, or None.
+    ``loss_columns``   [K] columns at which some row predicts a supervised token.
+    ``loss_labels``    [B, K] the token to predict there, or ``IGNORE_INDEX``.
+    A batch without an image carries one dummy image, which fills no row: the tower and the projector run
+    on every rank in every micro-batch, or ZeRO-3 would hang.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int
+    image_rows: torch.Tensor
+    pixel_values: torch.Tensor | None
+    patch_features: torch.Tensor | None
+    loss_columns: torch.Tensor
+    loss_labels: torch.Tensor
+    num_supervised: int
+    sample_ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with every tensor on ``device``."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
