@@ -96,6 +96,8 @@ class RunConfig(_Strict):
     seed: int = Field(0, ge=0)
     prepare: Literal["quickstart"] | None = None
     """Data and models that are built first; ``{prepared}`` in a string stands for their folder."""
+    next_command: str | None = None
+    """Printed at the end of the run."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig

@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from llava_ds.engine.ds_config import zero_stage
 
 
-def init_distributed(device: torch.device, timeout_s: float) -> None:
+def init_distributed(device: torch.device, timeout_s: float = 1800) -> None:
     """Joins the process group of the launcher's environment (NCCL on GPUs, gloo on CPUs)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":

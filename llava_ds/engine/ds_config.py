@@ -19,8 +19,8 @@ KNOWN_KEYS = (
     "prescale_gradients gradient_predivide_factor sparse_gradients fp16 bf16 zero_optimization "
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type steps_per_print "
     "wall_clock_breakdown memory_breakdown dump_state flops_profiler activation_checkpointing comms_logger "
-    "tensorboard wandb csv_monitor aio checkpoint data_types compile torch_autocast seq_parallel_communication_data_type "
-    "graph_harvesting tensor_parallel zero_quantized_weights"
+    "tensorboard wandb csv_monitor aio checkpoint data_types compile torch_autocast "
+    "seq_parallel_communication_data_type graph_harvesting tensor_parallel zero_quantized_weights"
 ).split()
 OWNED_BY_RECIPE = ("optimizer", "scheduler")
 

@@ -75,6 +75,22 @@ def build_llm(config: ModelConfig, attn_implementation: str, dtype: torch.dtype,
         ) from error
 
 
+def build_llm_from_config(raw: dict[str, Any], attn_implementation: str, dtype: torch.dtype) -> Any:
+    """A causal LM of a transformers config as plain data, its weights to be loaded by the caller."""
+    config = AutoConfig.for_model(**raw)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+
+
+def llm_hidden_size(name: str) -> int:
+    """D of an LLM folder or name. Raises ConfigError when there is none."""
+    try:
+        return int(AutoConfig.from_pretrained(name).get_text_config().hidden_size)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.llm={name!r} cannot be loaded: {error}\n  Give a transformers folder or name."
+        ) from error
+
+
 def build_model(config: ModelConfig, attn_implementation: str, dtype: torch.dtype, seed: int) -> Llava:
     """The whole model, every parameter not yet frozen or thawed (see ``apply_freezing``)."""
     tower = build_tower(config.vision_tower, config.vision_pretrained, config.select_layer).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,6 +68,14 @@ class VisionTower(nn.Module):
         self.spec = spec
         self.block = spec.layers + select_layer
 
+    def key(self) -> str:
+        """Names the weights, the block and the picture size: two towers with one key give the same features."""
+        digest = hashlib.sha256(repr((self.spec, self.block)).encode())
+        for name, value in self.visual.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().float().numpy().tobytes())
+        return digest.hexdigest()
+
     def train(self, mode: bool = True) -> VisionTower:
         """Stays in evaluation mode, whatever the rest of the model does."""
         return super().train(False)
@@ -107,7 +116,8 @@ def build_tower(name: str, pretrained: str | None, select_layer: int) -> VisionT
     preprocess = open_clip.get_model_preprocess_cfg(model)
     vision_cfg = CLIPVisionCfg(**config["vision_cfg"])
     act = "quick_gelu" if config.get("quick_gelu", False) else "gelu"
-    spec = _make_spec(vision_cfg, act, preprocess["mean"], preprocess["std"], preprocess.get("interpolation", "bicubic"))
+    interpolation = preprocess.get("interpolation", "bicubic")
+    spec = _make_spec(vision_cfg, act, preprocess["mean"], preprocess["std"], interpolation)
     return VisionTower(model.visual, spec, select_layer)
 
 

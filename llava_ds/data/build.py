@@ -1,0 +1,131 @@
+"""From the data settings of a recipe to the batches of a rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_ds.config import RunConfig
+from llava_ds.data.collator import Collator
+from llava_ds.data.dataset import (
+    EncodedLengths,
+    LlavaDataset,
+    TextPipeline,
+    check_images_exist,
+    drop_missing_images,
+    measure_samples,
+)
+from llava_ds.data.feature_cache import build_feature_cache, cache_folder
+from llava_ds.data.images import ImageTransform
+from llava_ds.data.llava_json import read_llava_json
+from llava_ds.data.loader import build_loader
+from llava_ds.data.sampler import BatchSizes, StepPlan, plan_run, steps_per_epoch
+from llava_ds.distributed import Ranks, run_on_main_first
+from llava_ds.schema import Batch, Sample
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Everything that the loop asks of the data."""
+
+    loader: torch.utils.data.DataLoader[Batch]
+    lengths: EncodedLengths
+    seed: int
+    num_steps: int
+    batch: BatchSizes
+    skipped: Counter[str]
+    max_num_tokens: int
+
+    def plans(self) -> Iterator[StepPlan]:
+        """The plan of every step."""
+        return plan_run(self.lengths.num_tokens, self.seed, self.num_steps, self.batch)
+
+    def supervised_tokens(self, plan: StepPlan) -> int:
+        """Supervised tokens of a step, over all ranks and micro-batches."""
+        return sum(self.lengths.num_supervised[slot.index] for slot in plan.slots)
+
+
+def build_training_data(
+    config: RunConfig,
+    tokenizer: Any,
+    transform: ImageTransform,
+    feature_shape: tuple[int, int],
+    tower_key: str,
+    compute_features: Callable[[torch.Tensor], torch.Tensor],
+    ranks: Ranks,
+) -> TrainingData:
+    """Reads, checks and measures the data, plans the run, and builds this rank's loader.
+
+    Args:
+        feature_shape: (P, C) of the tower.
+        tower_key: names the tower's weights and the transform, for the feature cache.
+        compute_features: [I, 3, H, W] -> [I, P, C], by the frozen tower.
+
+    Raises:
+        DataError: a bad or missing file, record or image, unless ``data.on_bad_sample`` is ``skip``.
+    """
+    samples, skipped = _read_samples(config)
+    root = Path(config.data.image_root or Path(config.data.path).parent)
+    text = TextPipeline(
+        tokenizer, config.data.template, config.data.placement, feature_shape[0], config.data.max_length, config.seed
+    )
+    samples, lengths, unfit = measure_samples(samples, text, config.data.on_bad_sample)
+    skipped += unfit
+    if config.data.on_bad_sample == "skip":
+        kept, num_missing = drop_missing_images(samples, root)
+        if num_missing:
+            skipped["image file is missing"] += num_missing
+            samples, lengths, _ = measure_samples(kept, text, "error")
+    else:
+        check_images_exist(samples, root)
+
+    train = config.train
+    sizes = BatchSizes(train.global_batch_size, train.micro_batch_size, ranks.world_size)
+    num_steps = max(1, round(train.epochs * steps_per_epoch(len(samples), train.global_batch_size)))
+    num_steps = min(num_steps, train.max_steps or num_steps)
+
+    has_images = any(sample.images for sample in samples)
+    load_image, dummy = transform, torch.zeros(3, transform.image_size, transform.image_size)
+    if config.data.feature_cache and has_images:
+        load_image = _open_feature_cache(config, samples, root, transform, tower_key, compute_features, ranks)
+    features = not has_images or bool(config.data.feature_cache)
+    if features:
+        dummy = torch.zeros(feature_shape)
+    loader = build_loader(
+        LlavaDataset(samples, text, root, load_image),
+        Collator(config.data.packing, dummy, features),
+        lengths.num_tokens,
+        config.seed,
+        num_steps,
+        sizes,
+        ranks.rank,
+        config.data.num_workers,
+    )
+    return TrainingData(loader, lengths, config.seed, num_steps, sizes, skipped, max(lengths.num_tokens))
+
+
+def _read_samples(config: RunConfig) -> tuple[list[Sample], Counter[str]]:
+    return read_llava_json(Path(config.data.path), config.data.on_bad_sample)
+
+
+def _open_feature_cache(
+    config: RunConfig,
+    samples: Sequence[Sample],
+    root: Path,
+    transform: ImageTransform,
+    tower_key: str,
+    compute_features: Callable[[torch.Tensor], torch.Tensor],
+    ranks: Ranks,
+) -> Callable[[Path], torch.Tensor]:
+    images = sorted({root / name for sample in samples for name in sample.images})
+    folder = cache_folder(Path(str(config.data.feature_cache)), tower_key, images)
+
+    def compute(files: Sequence[Path]) -> torch.Tensor:
+        return compute_features(torch.stack([transform(file) for file in files]))
+
+    return run_on_main_first(ranks, lambda: build_feature_cache(folder, images, compute))

@@ -1,0 +1,39 @@
+"""Small decisions at the start of a run: device, precision, trackers, initial weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_ds.checkpoint.trained import apply_trained, locate_trained
+from llava_ds.distributed import Ranks
+from llava_ds.engine.deepspeed_backend import load_full_parameter
+from llava_ds.engine.loop import Tracker
+from llava_ds.metrics.trackers import JsonlTracker, ProgressBar
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def select_device(ranks: Ranks) -> torch.device:
+    """This rank's GPU, or the CPU where there is none (or ``DS_ACCELERATOR=cpu`` asks for it)."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(ranks.local_rank)
+    return torch.device("cuda", ranks.local_rank)
+
+
+def load_initial_weights(model: nn.Module, init_from: str | None, ranks: Ranks) -> None:
+    """Loads what the run ``init_from`` trained, one parameter at a time. Raises CheckpointError when it does not fit."""
+    if init_from is None:
+        return
+    apply_trained(model, locate_trained(Path(init_from)), lambda p, value: load_full_parameter(p, value, ranks.is_main))
+
+
+def build_trackers(run_dir: Path, num_steps: int, title: str, ranks: Ranks) -> list[Tracker]:
+    """Progress bar and metrics.jsonl on rank 0, nothing elsewhere."""
+    trackers: list[Any] = [ProgressBar(num_steps, title), JsonlTracker(run_dir / "metrics.jsonl")]
+    return trackers if ranks.is_main else []

@@ -1,0 +1,113 @@
+"""The quickstart's texts, as ordinary LLaVA JSON: captions for stage 1, conversations for stage 2, questions to score."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from llava_ds.quickstart.concepts import Concept
+from llava_ds.quickstart.scenes import Scene
+
+BRIEF_INSTRUCTIONS = (
+    "Describe the image concisely.",
+    "Provide a brief description of the given image.",
+    "Offer a succinct explanation of the picture presented.",
+    "Summarize the visual content of the image.",
+    "Give a short and clear explanation of the subsequent image.",
+    "Share a concise interpretation of the image provided.",
+    "Present a compact description of the photo's key features.",
+    "Relay a brief, clear account of the picture shown.",
+    "Render a clear and concise summary of the photo.",
+    "Write a terse but informative summary of the picture.",
+    "Create a compact narrative representing the image presented.",
+)
+"""The paper's questions for the naive expansion (Table 11)."""
+
+NAME_QUESTION = "What is this?"
+SUBCATEGORY_QUESTION = "What kind of thing is it?"
+CATEGORY_QUESTION = "Is it an animal or plant, or a food or drink?"
+COUNT_QUESTION = "How many things are in the picture?"
+
+
+def caption_record(concept: Concept, record_id: str, image: str) -> dict[str, Any]:
+    """Stage 1: the naive expansion, caption as the answer to a describe-the-image question."""
+    question = BRIEF_INSTRUCTIONS[_rng(record_id).randrange(len(BRIEF_INSTRUCTIONS))]
+    return _record(record_id, image, [(question, f"{concept.name}, {concept.subcategory}, {concept.category}")])
+
+
+def picture_record(concept: Concept, record_id: str, image: str) -> dict[str, Any]:
+    """Stage 2: name, kind and category of one picture, in random order."""
+    rounds = concept_rounds(concept)
+    _rng(record_id).shuffle(rounds)
+    return _record(record_id, image, rounds)
+
+
+def scene_record(scene: Scene, image: str) -> dict[str, Any]:
+    """Stage 2: counting, naming and position questions about a scene."""
+    rounds = scene_rounds(scene)
+    _rng(scene.id).shuffle(rounds)
+    return _record(scene.id, image, rounds)
+
+
+def concept_rounds(concept: Concept) -> list[tuple[str, str]]:
+    """Questions and answers about one picture."""
+    return [
+        (NAME_QUESTION, concept.name),
+        (SUBCATEGORY_QUESTION, concept.subcategory),
+        (CATEGORY_QUESTION, concept.category),
+    ]
+
+
+def scene_rounds(scene: Scene) -> list[tuple[str, str]]:
+    """Questions and answers about a scene: how many, what is where, where is what."""
+    thing = _rng(scene.id).choice(scene.things)
+    other = _rng(f"{scene.id}|other").choice(scene.things)
+    return [
+        (COUNT_QUESTION, str(len(scene.things))),
+        (f"What is in the {thing.place}?", thing.concept.name),
+        (f"Where is the {other.concept.name}?", other.place),
+    ]
+
+
+def eval_records(concept: Concept, record_id: str, image: str) -> list[dict[str, Any]]:
+    """The scored questions about one picture of the unseen style."""
+    kinds = ("name", "subcategory", "category")
+    return [
+        {"id": f"{record_id}-{kind}", "image": image, "kind": kind, "question": question, "answer": answer}
+        for kind, (question, answer) in zip(kinds, concept_rounds(concept), strict=True)
+    ]
+
+
+def scene_eval_records(scene: Scene, image: str) -> list[dict[str, Any]]:
+    """The scored questions about one scene of the unseen style."""
+    kinds = ("scene count", "scene name", "scene position")
+    return [
+        {"id": f"{scene.id}-{kind}", "image": image, "kind": kind, "question": question, "answer": answer}
+        for kind, (question, answer) in zip(kinds, scene_rounds(scene), strict=True)
+    ]
+
+
+def text_only(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same conversations without their images: what the small LLM learns its words from."""
+    return [
+        {
+            "id": f"text-{record['id']}",
+            "conversations": [
+                {**turn, "value": turn["value"].replace("<image>\n", "")} for turn in record["conversations"]
+            ],
+        }
+        for record in records
+    ]
+
+
+def _record(record_id: str, image: str, rounds: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    turns = []
+    for number, (question, answer) in enumerate(rounds):
+        turns.append({"from": "human", "value": question if number else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": answer})
+    return {"id": record_id, "image": image, "conversations": turns}
+
+
+def _rng(key: str) -> random.Random:
+    return random.Random(key)

@@ -1,0 +1,115 @@
+"""Trains a LLaVA: ``deepspeed llava_ds/train.py --deepspeed ds_configs/zero3.json [--recipe NAME|FILE]``.
+
+Starts under ``deepspeed``, ``torchrun``, plain ``srun`` and as a single process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llava_ds.config import RunConfig, load_recipe, resolve_prepared
+from llava_ds.distributed import Ranks, apply_launcher_environment, flush_and_exit, run_on_main_first
+from llava_ds.errors import BackendUnavailableError, CheckpointError, ConfigError, DataError
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--deepspeed", "ds_json", required=True, type=Path, help="DeepSpeed JSON, see ds_configs/.")
+@click.option("--recipe", default="quickstart_stage1", show_default=True, help="Shipped recipe, or a YAML file.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Overrides a value of the recipe.")
+@click.option("--run-dir", type=Path, help="Where the run is written [default: runs/<recipe name>].")
+@click.option("--local_rank", type=int, hidden=True, help="Set by the deepspeed launcher.")
+def main(ds_json: Path, recipe: str, overrides: tuple[str, ...], run_dir: Path | None, local_rank: int | None) -> None:
+    """Trains one recipe: builds data, model and engine, runs the loop, writes the checkpoint."""
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    code = 1
+    try:
+        ranks = apply_launcher_environment(os.environ)
+        config = load_recipe(recipe, overrides)
+        run(config, ds_json, run_dir or Path("runs") / config.name, ranks)
+        code = 0
+    except (ConfigError, DataError, CheckpointError, BackendUnavailableError) as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+    except Exception:
+        # The process ends below without Python's own report.
+        traceback.print_exc()
+    flush_and_exit(code)
+
+
+def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
+    """The whole run of one rank."""
+    # These take seconds to import: a wrong option is reported before.
+    from llava_ds.data.build import build_training_data
+    from llava_ds.data.images import ImageTransform
+    from llava_ds.engine import deepspeed_backend as backend
+    from llava_ds.engine.ds_config import read_ds_config, resolve_ds_config
+    from llava_ds.engine.loop import LoopSettings, train
+    from llava_ds.engine.optim import build_optimizer, build_scheduler
+    from llava_ds.engine.run_record import finish_run, start_run
+    from llava_ds.engine.saving import save_step
+    from llava_ds.engine.setup import DTYPES, build_trackers, load_initial_weights, select_device
+    from llava_ds.models.build import build_model, llm_hidden_size, load_tokenizer, resolve_attention
+    from llava_ds.models.freezing import apply_freezing
+
+    started = time.time()
+    raw_ds_config = read_ds_config(ds_json)
+    device = select_device(ranks)
+    backend.init_distributed(device)
+    if config.prepare:
+        config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, ranks)))
+    attention = resolve_attention(config.model.attn_implementation, device)
+    ds_config = resolve_ds_config(
+        raw_ds_config, config.train, ranks.world_size, llm_hidden_size(config.model.llm), str(ds_json)
+    )
+
+    partitioned = backend.hold_partitioned_construction(ds_config)  # alive until the run ends
+    tokenizer = load_tokenizer(config.model.llm)
+    model = build_model(config.model, attention.name, DTYPES[config.train.precision], config.seed)
+    load_initial_weights(model, config.model.init_from, ranks)
+    apply_freezing(model, config.train.trainable)
+    model.vision_tower.to(device)
+
+    data = build_training_data(
+        config,
+        tokenizer,
+        ImageTransform.for_tower(model.vision_tower.spec, config.data.image_aspect_ratio),
+        (model.vision_tower.spec.num_patches, model.vision_tower.spec.width),
+        model.vision_tower.key(),
+        lambda pixels: model.patch_features(pixels.to(device)),
+        ranks,
+    )
+    optimizer = build_optimizer(model, config.train)
+    scheduler = build_scheduler(optimizer, config.train, data.num_steps)
+    engine = backend.initialize_engine(model, optimizer, scheduler, ds_config)
+
+    start_run(run_dir, config, ds_config, model, attention, data, ranks)
+    settings = LoopSettings(
+        ranks.world_size, data.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps, device
+    )
+    save = partial(save_step, engine, run_dir, keep_last=config.train.keep_last, is_main=ranks.is_main)
+    trackers = build_trackers(run_dir, data.num_steps, config.name, ranks)
+    progress = train(engine, data.loader, data.plans(), data.supervised_tokens, settings, trackers, save)
+    finish_run(run_dir, config, progress, time.time() - started, ranks)
+    del partitioned
+
+
+def _prepare(ranks: Ranks) -> Path:
+    from llava_ds.quickstart.prepare import prepare
+
+    return prepare(log=print if ranks.is_main else _silent)
+
+
+def _silent(*_: Any) -> None:
+    """Ranks other than 0 find everything prepared, and say nothing."""
+
+
+if __name__ == "__main__":
+    main()
