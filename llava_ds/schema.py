@@ -7,7 +7,7 @@ Shapes use one alphabet everywhere: ``B`` rows, ``S`` padded length, ``T`` packe
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -90,7 +90,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on ``device``."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)

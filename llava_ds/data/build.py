@@ -90,7 +90,8 @@ def build_training_data(
     num_steps = min(num_steps, train.max_steps or num_steps)
 
     has_images = any(sample.images for sample in samples)
-    load_image, dummy = transform, torch.zeros(3, transform.image_size, transform.image_size)
+    load_image: Callable[[Path], torch.Tensor] = transform
+    dummy = torch.zeros(3, transform.image_size, transform.image_size)
     if config.data.feature_cache and has_images:
         load_image = _open_feature_cache(config, samples, root, transform, tower_key, compute_features, ranks)
     features = not has_images or bool(config.data.feature_cache)

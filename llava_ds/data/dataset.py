@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llava_ds.text.encode import encode_sample
-from llava_ds.text.placement import apply_placement
-from llava_ds.text.templates import get_template
 
 from llava_ds.errors import DataError
 from llava_ds.schema import EncodedSample, Sample
+from llava_ds.text.encode import encode_sample
+from llava_ds.text.placement import apply_placement
+from llava_ds.text.templates import get_template
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ class ImageTransform:
 
     def _padded(self, image: Image.Image) -> Image.Image:
         side = max(image.size)
-        background = tuple(int(mean * 255) for mean in self.image_mean)
-        square = Image.new("RGB", (side, side), background)  # type: ignore[arg-type]
+        red, green, blue = (int(mean * 255) for mean in self.image_mean)
+        square = Image.new("RGB", (side, side), (red, green, blue))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
 

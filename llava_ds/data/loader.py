@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -41,7 +41,7 @@ def build_loader(
     if num_workers:
         options = {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork"}
     return torch.utils.data.DataLoader(
-        dataset,
+        cast(Any, dataset),  # batches of examples become Batch in the collator
         batch_sampler=_RankBatches(lengths, seed, num_steps, batch, rank),
         collate_fn=collator,
         num_workers=num_workers,

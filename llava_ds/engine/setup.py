@@ -27,7 +27,7 @@ def select_device(ranks: Ranks) -> torch.device:
 
 
 def load_initial_weights(model: nn.Module, init_from: str | None, ranks: Ranks) -> None:
-    """Loads what the run ``init_from`` trained, one parameter at a time. Raises CheckpointError when it does not fit."""
+    """Loads what the run ``init_from`` trained, one at a time. Raises CheckpointError when it does not fit."""
     if init_from is None:
         return
     apply_trained(model, locate_trained(Path(init_from)), lambda p, value: load_full_parameter(p, value, ranks.is_main))

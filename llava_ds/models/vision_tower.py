@@ -57,14 +57,14 @@ class VisionTower(nn.Module):
     without the final LayerNorm and without the class token, as LLaVA uses it.
     """
 
-    def __init__(self, visual: nn.Module, spec: TowerSpec, select_layer: int) -> None:
+    def __init__(self, visual: Any, spec: TowerSpec, select_layer: int) -> None:
         super().__init__()
         if not -spec.layers <= select_layer <= -1:
             raise ConfigError(
                 f"model.select_layer={select_layer} but the tower has {spec.layers} blocks; "
                 f"use -1 (last) to -{spec.layers}"
             )
-        self.visual = visual.eval().requires_grad_(False)
+        self.visual: Any = visual.eval().requires_grad_(False)
         self.spec = spec
         self.block = spec.layers + select_layer
 
@@ -161,7 +161,7 @@ def _make_spec(config: CLIPVisionCfg, act: str, mean: Any, std: Any, interpolati
     if not isinstance(config.layers, int) or config.timm_model_name:
         raise ConfigError("only open_clip's own vision transformers are supported; choose a ViT-* model")
     return TowerSpec(
-        image_size=int(config.image_size),  # type: ignore[arg-type]
+        image_size=int(config.image_size),
         patch_size=config.patch_size,
         width=config.width,
         layers=config.layers,

@@ -1,4 +1,4 @@
-"""The quickstart's texts, as ordinary LLaVA JSON: captions for stage 1, conversations for stage 2, questions to score."""
+"""The quickstart's texts, as ordinary LLaVA JSON: captions, conversations, and questions to score."""
 
 from __future__ import annotations
 

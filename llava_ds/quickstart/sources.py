@@ -88,7 +88,8 @@ def on_white(picture: Image.Image, image_size: int) -> Image.Image:
     picture.thumbnail((image_size, image_size), Image.Resampling.LANCZOS)
     if max(picture.size) < image_size:
         scale = image_size / max(picture.size)
-        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+        size = round(picture.width * scale), round(picture.height * scale)
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
     square = Image.new("RGB", (image_size, image_size), "white")
     square.paste(picture, ((image_size - picture.width) // 2, (image_size - picture.height) // 2), picture)
     return square

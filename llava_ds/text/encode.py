@@ -13,7 +13,7 @@ from typing import Any
 from llava_ds.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import EncodedSample, Sample, Turn
-from llava_ds.text.templates import BOS, EOS, Part, Special, Template
+from llava_ds.text.templates import BOS, EOS, Special, Template
 
 # Stands before a run of text while it is tokenized. A newline merges with nothing in a SentencePiece model.
 _ANCHOR = "\n"
