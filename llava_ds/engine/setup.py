@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -35,5 +34,6 @@ def load_initial_weights(model: nn.Module, init_from: str | None, ranks: Ranks) 
 
 def build_trackers(run_dir: Path, num_steps: int, title: str, ranks: Ranks) -> list[Tracker]:
     """Progress bar and metrics.jsonl on rank 0, nothing elsewhere."""
-    trackers: list[Any] = [ProgressBar(num_steps, title), JsonlTracker(run_dir / "metrics.jsonl")]
-    return trackers if ranks.is_main else []
+    if not ranks.is_main:
+        return []
+    return [ProgressBar(num_steps, title), JsonlTracker(run_dir / "metrics.jsonl")]

@@ -1,0 +1,158 @@
+"""From a run to one folder that transformers loads as LlavaForConditionalGeneration, and that llava_ds loads too."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPImageProcessor, LlavaProcessor
+
+from llava_ds.checkpoint.keymap import choose_projector_export, to_llava_hf
+from llava_ds.checkpoint.layout import commit, write_safetensors_stream
+from llava_ds.checkpoint.load import MERGED_FILE, LoadedModel, load_model
+from llava_ds.constants import IMAGE_PLACEHOLDER
+from llava_ds.errors import CheckpointError
+from llava_ds.models.llava import Llava
+from llava_ds.models.vision_tower import TowerSpec
+from llava_ds.text.templates import Special, Template, get_template
+
+PAD_TOKEN = "<pad>"
+_ACTS = {"mlp": "gelu", "relu_pair": "relu", "identity": "linear"}
+
+
+def merge(source: Path, out: Path) -> str:
+    """Writes the merged folder of a run or step; returns how the projector was written.
+
+    The folder appears whole or not at all. Its model has two more words than the run's LLM, ``<image>`` and
+    ``<pad>``, as transformers needs them; their rows are never read.
+
+    Raises CheckpointError when ``out`` exists, or the source is not complete.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists already; give another folder, or remove it first")
+    loaded = load_model(source)
+    model, spec = loaded.model, loaded.model.vision_tower.spec
+    width = model.llm.config.get_text_config().hidden_size
+    kind = "linear" if hasattr(model.projector, "weight") else "mlp2x_gelu"
+    export = choose_projector_export(kind, spec.width, width)
+    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        num_words = _save_processor(work, loaded, spec)
+        _grow_vocabulary(model, num_words)
+        weights = list(to_llava_hf(model, export))
+        header = [(name, value.dtype, tuple(value.shape)) for name, value in weights]
+        write_safetensors_stream(work / "model.safetensors", weights, header)
+        _write_json(work / "config.json", _hf_config(loaded, spec, export))
+        facts = {
+            "tower": spec.as_dict(),
+            "select_layer": model.vision_tower.block - spec.layers,
+            "projector": kind,
+            "projector_export": export,
+            "zero_features": model.zero_features,
+            "template": loaded.template,
+            "image_aspect_ratio": loaded.image_aspect_ratio,
+        }
+        _write_json(work / MERGED_FILE, facts)
+        commit(work)
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return export
+
+
+def chat_template(template: Template) -> str:
+    """A template record as the Jinja text that transformers renders; images stand where the messages have them."""
+
+    def literal(part: str | Special) -> str:
+        return "{{ " + f"{part.kind}_token" + " }}" if isinstance(part, Special) else "{{ " + json.dumps(part) + " }}"
+
+    before, after = template.user.split("{}")
+    lead, tail = template.answer.split("{}")
+    content = (
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    )
+    between = "".join(literal(part) for part in template.between)
+    user = literal(before) + content + literal(after) + literal(template.assistant)
+    answer = literal(lead) + content + literal(tail) + literal(template.stop)
+    return (
+        "{{ bos_token }}"
+        + "".join(literal(part) for part in template.begin)
+        + "{% for m in messages %}{% if m['role'] == 'user' %}{% if not loop.first %}"
+        + between
+        + "{% endif %}"
+        + user
+        + "{% else %}"
+        + answer
+        + "{% endif %}{% endfor %}"
+    )
+
+
+def _save_processor(out: Path, loaded: LoadedModel, spec: TowerSpec) -> int:
+    """Writes tokenizer, image processor and chat template; returns the number of words."""
+    tokenizer = loaded.tokenizer
+    tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    images = CLIPImageProcessor(
+        size={"shortest_edge": spec.image_size},
+        crop_size={"height": spec.image_size, "width": spec.image_size},
+        image_mean=list(spec.image_mean),
+        image_std=list(spec.image_std),
+        resample=3 if spec.interpolation == "bicubic" else 2,
+    )
+    LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=spec.patch_size,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_PLACEHOLDER,
+        num_additional_image_tokens=1,
+        chat_template=chat_template(get_template(loaded.template)),
+    ).save_pretrained(out)
+    return len(tokenizer)
+
+
+def _grow_vocabulary(model: Llava, num_words: int) -> None:
+    rows = model.llm.get_input_embeddings().weight.shape[0]
+    if num_words > rows:
+        model.llm.resize_token_embeddings(num_words, pad_to_multiple_of=64, mean_resizing=False)
+
+
+def _hf_config(loaded: LoadedModel, spec: TowerSpec, export: str) -> dict[str, Any]:
+    model, tokenizer = loaded.model, loaded.tokenizer
+    text = model.llm.config.get_text_config()
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "dtype": str(model.llm.dtype).removeprefix("torch."),
+        "image_seq_length": spec.num_patches,
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
+        "pad_token_id": tokenizer.convert_tokens_to_ids(PAD_TOKEN),
+        "projector_hidden_act": _ACTS[export],
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": bool(text.tie_word_embeddings),
+        "vision_feature_layer": model.vision_tower.block - spec.layers,
+        "vision_feature_select_strategy": "default",
+        "text_config": text.to_dict(),
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": spec.width,
+            "intermediate_size": spec.mlp_width,
+            "num_hidden_layers": spec.layers,
+            "num_attention_heads": spec.heads,
+            "image_size": spec.image_size,
+            "patch_size": spec.patch_size,
+            "hidden_act": spec.act,
+            "layer_norm_eps": spec.norm_eps,
+            "projection_dim": spec.width,
+        },
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,96 @@
+"""A tiny world for tests: a CLIP-shaped tower, a small LLaMA with its own tokenizer, pictures and conversations."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from llava_ds.models.vision_tower import TowerSpec, build_tower_from_spec
+from llava_ds.quickstart.language import train_sentencepiece
+from llava_ds.text.sentencepiece_tokenizer import build_sentencepiece_tokenizer
+
+IMAGE_SIZE, PATCH, VISION_WIDTH, LLM_WIDTH = 42, 14, 32, 64  # 9 patches; D >= 2 C
+SENTENCES = ["Q: What is this?", "A: a red fox", "A: two green apples", "Q: Where is the fox?", "A: on the left"]
+
+
+def write_tower(folder: Path, act: str = "gelu") -> Path:
+    """A random tower of 3 blocks in the folder layout that ``build_tower`` reads."""
+    spec = TowerSpec(IMAGE_SIZE, PATCH, VISION_WIDTH, 3, 2, 64, 1e-5, act, (0.5,) * 3, (0.5,) * 3, "bicubic")
+    torch.manual_seed(11)
+    tower = build_tower_from_spec(spec, -2)
+    folder.mkdir(parents=True)
+    save_file(tower.visual.state_dict(), folder / "model.safetensors")
+    config = {
+        "vision_cfg": {"layers": 3, "width": VISION_WIDTH, "head_width": 16, "patch_size": PATCH,
+                       "image_size": IMAGE_SIZE, "mlp_ratio": 2.0},
+        "norm_eps": 1e-5, "act": act, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "interpolation": "bicubic",
+    }
+    (folder / "tower_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_llm(folder: Path, tie_word_embeddings: bool = False) -> Path:
+    """Tokenizer and config of a LLaMA with 2 layers and D = 64; weights come from the seed."""
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(SENTENCES * 3))
+    tokenizer = build_sentencepiece_tokenizer(folder / "tokenizer.model")
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=LLM_WIDTH, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=tie_word_embeddings, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_data(folder: Path, num_samples: int = 11) -> Path:
+    """LLaVA JSON with one-turn, two-turn and text-only records of different lengths, and their pictures."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(5)
+    records = []
+    for number in range(num_samples):
+        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a red fox"}]
+        if number % 3 == 1:
+            turns += [{"from": "human", "value": "Where is the fox?"}, {"from": "gpt", "value": "on the left " * 3}]
+        record = {"id": f"s{number}", "image": f"{number}.png", "conversations": turns}
+        if number % 4 == 3:
+            del record["image"]
+            turns[0]["value"] = "What is this?"
+        else:
+            size = (50 + number, 44)
+            pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+        records.append(record)
+    (folder / "train.json").write_text(json.dumps(records))
+    return folder / "train.json"
+
+
+def write_recipe(root: Path, **changes) -> Path:
+    """A recipe file over the tiny world in ``root``; ``changes`` are ``group__key=value``."""
+    raw = {
+        "name": "tiny",
+        "model": {"vision_tower": str(root / "tower"), "llm": str(root / "llm"), "llm_init": "random",
+                  "projector": "linear"},
+        "data": {"path": str(root / "data" / "train.json"), "template": "short", "placement": "random",
+                 "num_workers": 0},
+        "train": {"trainable": ["projector", "llm"], "global_batch_size": 4, "micro_batch_size": 2, "max_steps": 4,
+                  "epochs": 10, "learning_rate": 1e-3},
+    }
+    for key, value in changes.items():
+        group, name = key.split("__")
+        raw[group][name] = value
+    file = root / f"tiny-{len(list(root.glob('tiny-*.yaml')))}.yaml"
+    file.write_text(json.dumps(raw))  # JSON is YAML
+    return file
+
+
+def write_world(root: Path) -> Path:
+    """Tower, LLM and data in ``root``."""
+    write_tower(root / "tower")
+    write_llm(root / "llm")
+    write_data(root / "data")
+    return root
