@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from llava_ds.data.dataset import (
     drop_missing_images,
     measure_samples,
 )
-from llava_ds.data.feature_cache import build_feature_cache, cache_folder
+from llava_ds.data.feature_cache import open_feature_cache
 from llava_ds.data.images import ImageTransform
 from llava_ds.data.llava_json import read_llava_json
 from llava_ds.data.loader import build_loader
@@ -93,7 +95,9 @@ def build_training_data(
     load_image: Callable[[Path], torch.Tensor] = transform
     dummy = torch.zeros(3, transform.image_size, transform.image_size)
     if config.data.feature_cache and has_images:
-        load_image = _open_feature_cache(config, samples, root, transform, tower_key, compute_features, ranks)
+        load_image = _open_feature_cache(
+            config, samples, root, transform, feature_shape, tower_key, compute_features, ranks
+        )
     features = not has_images or bool(config.data.feature_cache)
     if features:
         dummy = torch.zeros(feature_shape)
@@ -119,14 +123,26 @@ def _open_feature_cache(
     samples: Sequence[Sample],
     root: Path,
     transform: ImageTransform,
+    feature_shape: tuple[int, int],
     tower_key: str,
     compute_features: Callable[[torch.Tensor], torch.Tensor],
     ranks: Ranks,
 ) -> Callable[[Path], torch.Tensor]:
     images = sorted({root / name for sample in samples for name in sample.images})
-    folder = cache_folder(Path(str(config.data.feature_cache)), tower_key, images)
+    key = hashlib.sha256(f"{tower_key}|{transform}".encode()).hexdigest()[:16]
+    folder = Path(str(config.data.feature_cache)) / key
 
     def compute(files: Sequence[Path]) -> torch.Tensor:
-        return compute_features(torch.stack([transform(file) for file in files]))
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other ranks wait
+        try:
+            return compute_features(torch.stack([transform(file) for file in files]))
+        finally:
+            torch.set_num_threads(num_threads)
 
-    return run_on_main_first(ranks, lambda: build_feature_cache(folder, images, compute))
+    log = print if ranks.is_main else _silent
+    return run_on_main_first(ranks, lambda: open_feature_cache(folder, images, feature_shape, compute, log=log))
+
+
+def _silent(_: str) -> None:
+    """Ranks other than 0 find the cache filled, and say nothing."""

@@ -1,12 +1,12 @@
 """Patch features of a frozen, unaugmented tower, computed once: exact, and opt-in (``data.feature_cache``).
 
-One folder for one (tower, picture size, aspect) key: a memory-mapped array and the table of its rows. The
-table is written last and commits the folder.
+One folder for one (tower, block, picture size, aspect) key: an array that only grows and the table of its rows.
+The table is replaced after the array has grown, so an interrupted run loses nothing that the table knows.
 """
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -19,14 +19,13 @@ from llava_ds.errors import DataError
 
 
 class FeatureCache:
-    """Features [P, C] by image file, fp32. Pickles as its folder; each worker opens the map itself."""
+    """Features [P, C] by image file, fp32. Pickles as its folder and table; each worker opens the map itself."""
 
-    def __init__(self, folder: Path) -> None:
-        table = json.loads((folder / "table.json").read_text())
-        self.rows: dict[str, int] = table["rows"]
-        self.shape: tuple[int, int, int] = tuple(table["shape"])
+    def __init__(self, folder: Path, rows: dict[str, int], feature_shape: tuple[int, int]) -> None:
         self.folder = folder
-        self._map: np.memmap | None = None
+        self.rows = rows
+        self.feature_shape = feature_shape
+        self._map: np.ndarray | None = None
 
     def __call__(self, image: Path) -> torch.Tensor:
         """[P, C] features of an image file. Raises DataError for one that was not cached."""
@@ -34,47 +33,64 @@ class FeatureCache:
         if row is None:
             raise DataError(f"{image} is not in the feature cache {self.folder}; delete the folder to build it again")
         if self._map is None:
-            self._map = np.memmap(self.folder / "features.f32", np.float32, "r", shape=self.shape)
+            self._map = np.memmap(self.folder / "features.f32", np.float32, "r").reshape(-1, *self.feature_shape)
         return torch.from_numpy(self._map[row].copy())
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_map": None}
 
 
-def cache_folder(root: Path, tower_key: str, images: Sequence[Path]) -> Path:
-    """The folder for these images under this tower: named by a hash over the key and every file's state."""
-    digest = hashlib.sha256(tower_key.encode())
-    for image in images:
-        state = image.stat()
-        digest.update(f"{image}|{state.st_size}|{state.st_mtime_ns}\n".encode())
-    return root / digest.hexdigest()[:16]
-
-
-def build_feature_cache(
+def open_feature_cache(
     folder: Path,
     images: Sequence[Path],
+    feature_shape: tuple[int, int],
     compute: Callable[[Sequence[Path]], torch.Tensor],
     batch_size: int = 32,
     log: Callable[[str], None] = print,
 ) -> FeatureCache:
-    """Opens the cache in ``folder``, computing it first where it is not complete.
+    """The cache in ``folder`` with features of all ``images``, computing those that are new or have changed.
 
-    ``compute`` maps image files to features [I, P, C].
+    ``compute`` maps image files to features [I, P, C]. Two processes may call it: one waits for the other.
     """
-    if (folder / "table.json").is_file():
-        return FeatureCache(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    log(f"feature cache: computing {len(images)} images into {folder}")
-    shape: tuple[int, ...] = (0,)
-    with (folder / "features.f32").open("wb") as file:
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        table = _read_table(folder)
+        states = {str(image): _state(image) for image in images}
+        new = [image for image in images if table.get(str(image), [None, None])[1] != states[str(image)]]
+        if new:
+            log(f"feature cache: computing {len(new)} of {len(images)} images into {folder}")
+            num_rows = max((row for row, _ in table.values()), default=-1) + 1
+            _append(folder / "features.f32", num_rows, new, feature_shape, compute, batch_size)
+            table |= {str(image): [num_rows + number, states[str(image)]] for number, image in enumerate(new)}
+            unfinished = folder / "table.json.tmp"
+            unfinished.write_text(json.dumps(table))
+            unfinished.rename(folder / "table.json")
+    return FeatureCache(folder, {name: table[name][0] for name in states}, feature_shape)
+
+
+def _append(
+    file: Path,
+    num_rows: int,
+    images: Sequence[Path],
+    feature_shape: tuple[int, int],
+    compute: Callable[[Sequence[Path]], torch.Tensor],
+    batch_size: int,
+) -> None:
+    with file.open("ab") as array:
+        array.truncate(num_rows * feature_shape[0] * feature_shape[1] * 4)  # what an interrupted run left
         for start in range(0, len(images), batch_size):
             features = compute(images[start : start + batch_size]).float().cpu().contiguous()
-            shape = (len(images), *features.shape[1:])
-            file.write(features.numpy().tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    table = {"rows": {str(image): row for row, image in enumerate(images)}, "shape": shape}
-    unfinished = folder / "table.json.tmp"
-    unfinished.write_text(json.dumps(table))
-    unfinished.rename(folder / "table.json")
-    return FeatureCache(folder)
+            array.write(features.numpy().tobytes())
+        array.flush()
+        os.fsync(array.fileno())
+
+
+def _read_table(folder: Path) -> dict[str, list]:
+    file = folder / "table.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _state(image: Path) -> str:
+    found = image.stat()
+    return f"{found.st_size}|{found.st_mtime_ns}"

@@ -1,0 +1,96 @@
+"""ZeRO 0 to 3 on 1 and 2 ranks, with the real launcher: the same global batches give the same losses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tiny import write_recipe, write_world
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "llava_ds" / "train.py"
+NUM_STEPS = 4
+# fp32 sums in another order, through 4 steps of AdamW at a rate of 1e-3.
+TOLERANCE = 2e-5
+
+
+def _environ() -> dict[str, str]:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environ = {key: value for key, value in os.environ.items() if key not in names}
+    return environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{environ['PATH']}"}
+
+
+def _launch(recipe: Path, stage: int, num_ranks: int, run_dir: Path, *options: str) -> subprocess.CompletedProcess:
+    port = 29600 + stage * 10 + num_ranks
+    command = ["deepspeed", "--num_accelerators", str(num_ranks), "--master_port", str(port), str(TRAIN)]
+    command += ["--deepspeed", str(ROOT / "ds_configs" / f"zero{stage}.json")]
+    command += ["--recipe", str(recipe), "--run-dir", str(run_dir), *options]
+    return subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=240)
+
+
+def _losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return write_world(tmp_path_factory.mktemp("zero"))
+
+
+@pytest.fixture(scope="module")
+def reference(world) -> list[float]:
+    done = _launch(write_recipe(world), 0, 1, world / "reference")
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = _losses(world / "reference")
+    assert len(losses) == NUM_STEPS
+    assert losses[-1] < losses[1]  # step 0 has rate 0
+    return losses
+
+
+@pytest.mark.parametrize(("stage", "num_ranks"), [(0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
+def test_losses_agree(world, reference, stage, num_ranks):
+    run_dir = world / f"zero{stage}-{num_ranks}"
+    done = _launch(write_recipe(world), stage, num_ranks, run_dir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert _losses(run_dir) == pytest.approx(reference, abs=TOLERANCE)
+    assert (run_dir / "loss.png").stat().st_size > 1000
+    record = json.loads((run_dir / "run.json").read_text())
+    assert (record["world_size"], record["num_samples"]) == (num_ranks, 11)
+
+
+def test_stage_1_trains_the_projector_alone_and_stage_2_starts_from_it(world):
+    from safetensors import safe_open
+
+    first = _launch(write_recipe(world, train__trainable=["projector"]), 3, 2, world / "one")
+    assert first.returncode == 0, first.stderr[-3000:]
+    step = world / "one" / "checkpoints" / f"step-{NUM_STEPS:08d}"
+    with safe_open(step / "trainable.safetensors", "pt") as weights:
+        assert sorted(weights.keys()) == ["projector.bias", "projector.weight"]
+    second = _launch(write_recipe(world, model__init_from=str(world / "one")), 2, 2, world / "two")
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert _losses(world / "two")[0] < _losses(world / "one")[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "train.learning_rat=1"], "did you mean 'learning_rate'"),
+        (["--set", "data.path=none.json"], "no such file"),
+        (["--set", "model.init_from=nowhere"], "no such folder"),
+        (["--set", "data.template=v9"], "unknown template 'v9'"),
+        (["--set", "data.image_root=elsewhere"], "image file(s) are missing"),
+        (["--set", "train.micro_batch_size=4", "--set", "train.global_batch_size=6"], "not a multiple of"),
+    ],
+)
+def test_bad_input_ends_with_its_reason_and_leaves_nothing(world, options, message):
+    run_dir = world / "bad"
+    command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / "zero0.json")]
+    command += ["--recipe", str(write_recipe(world)), "--run-dir", str(run_dir), *options]
+    done = subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not run_dir.exists()
