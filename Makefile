@@ -1,18 +1,21 @@
-# `make test` creates .venv and installs what is missing, then runs the tests; a second call does not reinstall.
+# `make quickstart` and `make test` create .venv and install what is missing first; a second call does not reinstall.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test slow-test lint clean
+.PHONY: install quickstart test slow-test lint clean
 
 install: .venv/.installed
 
 .venv/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -e ".[quickstart,dev]"
 	touch $@
+
+quickstart: install
+	$(BIN)/python tools/quickstart
 
 test: install
 	$(BIN)/python -m pytest
@@ -21,7 +24,7 @@ slow-test: install
 	$(BIN)/python -m pytest -m slow
 
 lint: install
-	$(BIN)/ruff check llava_ds tests
+	$(BIN)/ruff check . tools/*
 	$(BIN)/mypy
 
 clean:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_ds.models.vision_tower import TowerSpec, build_tower_from_spec
 from llava_ds.quickstart.language import train_sentencepiece
@@ -34,16 +34,18 @@ def write_tower(folder: Path, act: str = "gelu") -> Path:
 
 
 def write_llm(folder: Path, tie_word_embeddings: bool = False) -> Path:
-    """Tokenizer and config of a LLaMA with 2 layers and D = 64; weights come from the seed."""
+    """Tokenizer and config of a LLaMA with 2 layers and D = 64."""
     folder.mkdir(parents=True)
     (folder / "tokenizer.model").write_bytes(train_sentencepiece(SENTENCES * 3))
     tokenizer = build_sentencepiece_tokenizer(folder / "tokenizer.model")
     tokenizer.save_pretrained(folder)
-    LlamaConfig(
+    config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=LLM_WIDTH, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
         tie_word_embeddings=tie_word_embeddings, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
+    )
+    torch.manual_seed(12)
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -73,8 +75,7 @@ def write_recipe(root: Path, **changes) -> Path:
     """A recipe file over the tiny world in ``root``; ``changes`` are ``group__key=value``."""
     raw = {
         "name": "tiny",
-        "model": {"vision_tower": str(root / "tower"), "llm": str(root / "llm"), "llm_init": "random",
-                  "projector": "linear"},
+        "model": {"vision_tower": str(root / "tower"), "llm": str(root / "llm"), "projector": "linear"},
         "data": {"path": str(root / "data" / "train.json"), "template": "short", "placement": "random",
                  "num_workers": 0},
         "train": {"trainable": ["projector", "llm"], "global_batch_size": 4, "micro_batch_size": 2, "max_steps": 4,

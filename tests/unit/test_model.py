@@ -24,7 +24,7 @@ def world(tmp_path_factory) -> Path:
 
 def _model(world: Path, attention: str = "sdpa"):
     config = ModelConfig(
-        vision_tower=str(world / "tower"), llm=str(world / "llm"), llm_init="random", projector="mlp2x_gelu"
+        vision_tower=str(world / "tower"), llm=str(world / "llm"), projector="mlp2x_gelu"
     )
     model = build_model(config, attention, torch.float32, seed=3)
     apply_freezing(model, ["projector", "llm"])
