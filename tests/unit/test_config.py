@@ -19,7 +19,7 @@ def _autos(node):
 
 
 def test_there_are_recipes_and_configs():
-    assert len(list_recipes()) >= 4
+    assert len(list_recipes()) >= 27
     assert len(DS_CONFIGS) >= 4
 
 
@@ -36,6 +36,29 @@ def test_every_recipe_resolves_against_every_deepspeed_json(recipe, ds_json):
     assert resolved["gradient_clipping"] == config.train.gradient_clipping
     assert resolved["bf16"]["enabled"] == (config.train.precision == "bf16")
     assert zero_stage(resolved) == int(ds_json.stem[4])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "batch", "rate", "epochs", "template"),
+    [
+        ("paper_stage1_13b", 128, 2e-3, 1, "v0"),
+        ("paper_stage2_13b", 32, 2e-5, 3, "v0"),
+        ("paper_scienceqa_13b", 32, 2e-5, 12, "v0"),
+        ("official_pretrain_13b", 128, 2e-3, 1, "plain"),
+        ("official_finetune_full_schedule_7b", 128, 2e-5, 3, "v1"),
+        ("official_v1_5_pretrain_7b", 256, 1e-3, 1, "plain"),
+        ("official_v1_5_finetune_13b", 128, 2e-5, 1, "v1"),
+    ],
+)
+def test_recipes_hold_the_published_values(recipe, batch, rate, epochs, template):
+    config = load_recipe(recipe)
+    train = config.train
+    assert (train.global_batch_size, train.learning_rate, train.epochs) == (batch, rate, epochs)
+    assert (config.data.template, train.weight_decay, train.warmup_ratio, train.lr_schedule) == (
+        template, 0, 0.03, "cosine",
+    )
+    assert train.loss_averaging == ("per_micro_batch" if recipe.startswith("official") else "global_tokens")
+    assert config.data.placement == ("front" if recipe.startswith("official") else "random")
 
 
 def test_wrong_keys_and_values_are_listed_together(tmp_path):
