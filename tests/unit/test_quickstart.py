@@ -42,7 +42,7 @@ def test_the_tower_computes_what_dinov2_computes(tmp_path):
     assert got.shape == (2, 36, 448)
     # The residual stream is centred (LayerNorm does not see the difference), and 64 channels are padding.
     expected = expected - expected.mean(-1, keepdim=True)
-    # The identity before the first block costs some digits: 1e4 stands beside values of size 1 in fp32 (6e-4 was measured).
+    # The identity before the first block costs digits: 1e4 stands beside values of size 1 (6e-4 was measured).
     torch.testing.assert_close(got[..., :384], expected, rtol=0, atol=2e-3)
     assert expected.std() > 0.4
     assert got[..., 384:].abs().max() < 1e-4
