@@ -30,8 +30,12 @@ def locate_trained(path: Path) -> dict[str, Path]:
     """
     located: dict[str, Path] = {}
     source: str | None = str(path)
+    visited: set[Path] = set()
     while source is not None:
         step = resolve_step(Path(source))
+        if step.resolve() in visited:
+            raise CheckpointError(f"{step}: its model.init_from leads back to itself; start from another folder")
+        visited.add(step.resolve())
         file = step / "trainable.safetensors"
         with safe_open(file, "pt") as weights:
             for name in weights.keys():

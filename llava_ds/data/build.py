@@ -41,7 +41,6 @@ class TrainingData:
     num_steps: int
     batch: BatchSizes
     skipped: Counter[str]
-    max_num_tokens: int
 
     def plans(self) -> Iterator[StepPlan]:
         """The plan of every step."""
@@ -71,20 +70,18 @@ def build_training_data(
     Raises:
         DataError: a bad or missing file, record or image, unless ``data.on_bad_sample`` is ``skip``.
     """
-    samples, skipped = _read_samples(config)
+    samples, skipped = read_llava_json(Path(config.data.path), config.data.on_bad_sample)
     root = Path(config.data.image_root or Path(config.data.path).parent)
     text = TextPipeline(
         tokenizer, config.data.template, config.data.placement, feature_shape[0], config.data.max_length, config.seed
     )
-    samples, lengths, unfit = measure_samples(samples, text, config.data.on_bad_sample)
-    skipped += unfit
     if config.data.on_bad_sample == "skip":
-        kept, num_missing = drop_missing_images(samples, root)
+        samples, num_missing = drop_missing_images(samples, root)
         if num_missing:
-            skipped["image file is missing"] += num_missing
-            samples, lengths, _ = measure_samples(kept, text, "error")
+            skipped["image file is missing"] = num_missing
     else:
         check_images_exist(samples, root)
+    samples, lengths, skipped = measure_samples(samples, text, config.data.on_bad_sample, skipped)
 
     train = config.train
     sizes = BatchSizes(train.global_batch_size, train.micro_batch_size, ranks.world_size)
@@ -111,11 +108,7 @@ def build_training_data(
         ranks.rank,
         config.data.num_workers,
     )
-    return TrainingData(loader, lengths, config.seed, num_steps, sizes, skipped, max(lengths.num_tokens))
-
-
-def _read_samples(config: RunConfig) -> tuple[list[Sample], Counter[str]]:
-    return read_llava_json(Path(config.data.path), config.data.on_bad_sample)
+    return TrainingData(loader, lengths, config.seed, num_steps, sizes, skipped)
 
 
 def _open_feature_cache(

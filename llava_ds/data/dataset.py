@@ -76,17 +76,17 @@ class EncodedLengths:
 
 
 def measure_samples(
-    samples: Sequence[Sample], text: TextPipeline, on_bad_sample: str
+    samples: Sequence[Sample], text: TextPipeline, on_bad_sample: str, skipped_before: Counter[str]
 ) -> tuple[list[Sample], EncodedLengths, Counter[str]]:
     """Encodes every sample once, so that a bad one is found before training and not in the middle of it.
 
-    Returns the good samples, their lengths, and how many were skipped by reason.
+    Returns the good samples, their lengths, and how many were skipped by reason, ``skipped_before`` included.
 
     Raises DataError for a bad sample unless ``on_bad_sample`` is ``skip``, and when none is left.
     """
     kept: list[Sample] = []
     lengths = EncodedLengths([], [])
-    skipped: Counter[str] = Counter()
+    skipped = Counter(skipped_before)
     for sample in samples:
         try:
             encoded = text.encode(sample, epoch=0)

@@ -58,6 +58,8 @@ def _parse_record(record: Any, origin: str) -> Sample:
     conversations = record.get("conversations")
     if not isinstance(conversations, list):
         raise DataError(f"{where}: 'conversations' must be a list of turns, got {type(conversations).__name__}")
+    if not conversations:
+        raise DataError(f"{where}: 'conversations' is empty; drop the record, or set data.on_bad_sample=skip")
     turns = tuple(_parse_turn(turn, f"{where} turn {number}") for number, turn in enumerate(conversations))
     return Sample(str(record["id"]), tuple(images), turns, origin)
 

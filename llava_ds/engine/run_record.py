@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,15 @@ def start_run(
     data: TrainingData,
     ranks: Ranks,
 ) -> None:
-    """Writes run.json (rank 0) and says what is about to run. Checkpoints of an earlier run are removed."""
+    """Writes run.json (rank 0) and says what is about to run. An earlier run in the folder is set aside, not lost."""
     if not ranks.is_main:
         return
+    if (run_dir / "run.json").exists():
+        number = next(n for n in count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
+        aside = run_dir.with_name(f"{run_dir.name}.{number}")
+        run_dir.rename(aside)
+        print(f"{run_dir} held an earlier run; it is now {aside}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     record = {
         "config": config.model_dump(),
         "ds_config": ds_config,

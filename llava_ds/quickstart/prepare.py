@@ -24,7 +24,7 @@ from llava_ds.quickstart import conversations as talk
 from llava_ds.quickstart.concepts import Concept, load_concepts
 from llava_ds.quickstart.language import write_llm_init
 from llava_ds.quickstart.scenes import Scene, compose_scenes
-from llava_ds.quickstart.sources import Style, Styles, on_white, open_styles
+from llava_ds.quickstart.sources import Style, Styles, open_styles
 from llava_ds.quickstart.tower import write_tower
 
 IMAGE_SIZE = 84  # 36 patches of 14 px; 112 px costs twice the time
@@ -97,10 +97,22 @@ def _content_hash(styles: Styles) -> str:
 
 def _build(target: Path, styles: Styles, log: Log) -> None:
     started = time.time()
+    log(f"quickstart: building data and models in {target}")
     work = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(work, ignore_errors=True)
+    try:
+        _fill(work, styles, log)
+        (work / COMPLETE_MARKER).write_text("")
+        if not (target / COMPLETE_MARKER).is_file():  # else another process was faster
+            shutil.rmtree(target, ignore_errors=True)
+            work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    log(f"quickstart: prepared in {time.time() - started:.0f} s")
+
+
+def _fill(work: Path, styles: Styles, log: Log) -> None:
     (work / "images").mkdir(parents=True)
-    log(f"quickstart: building data and models in {target}")
     concepts = load_concepts()
     stage1, stage2 = _write_training_set(work, styles, concepts)
     texts = talk.text_only(stage1) + talk.text_only(stage2)
@@ -119,13 +131,6 @@ def _build(target: Path, styles: Styles, log: Log) -> None:
     write_llm_init(work / "llm_init", _sentences(texts))
     log(f"quickstart: {len(stage1)} captions, {len(stage2)} conversations; now the small LLM learns its words")
     _train_llm(work)
-    (work / COMPLETE_MARKER).write_text("")
-    if (target / COMPLETE_MARKER).is_file():
-        shutil.rmtree(work)  # another process was faster
-    else:
-        shutil.rmtree(target, ignore_errors=True)
-        work.rename(target)
-    log(f"quickstart: prepared in {time.time() - started:.0f} s")
 
 
 def _write_training_set(
@@ -171,7 +176,7 @@ def _write_eval_set(work: Path, styles: Styles, concepts: Sequence[Concept]) -> 
         if picture is None:
             continue
         record_id = f"{style.name}-{concept.code_points.lower()}"
-        on_white(picture, IMAGE_SIZE).save(work / "images" / f"{record_id}.png")
+        picture.save(work / "images" / f"{record_id}.png")
         records += talk.eval_records(concept, record_id, f"images/{record_id}.png")
     for scene in compose_scenes(style, concepts, NUM_EVAL_SCENES, IMAGE_SIZE, seed=1):
         records += talk.scene_eval_records(scene, _write_scene(work, scene))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def reference(world) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("stage", "num_ranks"), [(0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize(("stage", "num_ranks"), [(0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
 def test_losses_agree(world, reference, stage, num_ranks):
     run_dir = world / f"zero{stage}-{num_ranks}"
     done = _launch(write_recipe(world), stage, num_ranks, run_dir)
@@ -72,6 +73,27 @@ def test_stage_1_trains_the_projector_alone_and_stage_2_starts_from_it(world):
     second = _launch(write_recipe(world, model__init_from=str(world / "one")), 2, 2, world / "two")
     assert second.returncode == 0, second.stderr[-3000:]
     assert _losses(world / "two")[0] < _losses(world / "one")[0]
+
+
+def test_a_second_run_sets_the_first_aside_and_skips_bad_records_with_a_count(world):
+    data = world / "gaps"
+    shutil.copytree(world / "data", data)
+    (data / "0.png").unlink()
+    records = json.loads((data / "train.json").read_text())
+    (data / "train.json").write_text(json.dumps([*records, {"id": "empty", "conversations": []}]))
+    recipe = write_recipe(world, data__path=str(data / "train.json"), data__on_bad_sample="skip", train__max_steps=1)
+    command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / "zero0.json")]
+    command += ["--recipe", str(recipe), "--run-dir", str(world / "again")]
+    for _ in range(2):
+        done = subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "held an earlier run" in done.stdout
+    for run_dir in (world / "again", world / "again.1"):
+        record = json.loads((run_dir / "run.json").read_text())
+        assert record["num_samples"] == 10
+        assert record["skipped"]["image file is missing"] == 1
+        assert sum(record["skipped"].values()) == 2
+        assert (run_dir / "checkpoints" / "step-00000001" / "COMPLETE").is_file()
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ LAYERS = {
     "train": 7,
 }
 ONE_SITE = {"deepspeed", "flash_attn", "triton", "open_clip", "openai", "gradio", "wandb", "matplotlib"}
-# Inside a layer: schema, config and distributed share words; run records name what data and models made.
-SIBLINGS_ALLOWED = {("quickstart", "evaluation"), ("quickstart", "inference")}
+# The quickstart runs the whole path, its own evaluation included.
+SIBLINGS_ALLOWED = {("quickstart", "evaluation")}
 
 
 def _imports(file: Path):

@@ -30,6 +30,7 @@ def test_a_record_becomes_a_sample(tmp_path):
         ([7], r"train.json\[0\]: expected an object, got int"),
         ([GOOD, {"conversations": []}], r"train.json\[1\]: no 'id'"),
         ([{"id": 3, "conversations": None}], r"train.json\[0\] id='3': 'conversations' must be a list"),
+        ([{"id": "c", "conversations": []}], r"train.json\[0\] id='c': 'conversations' is empty"),
         ([GOOD | {"image": 3}], "'image' must be a path or a list"),
         ([{"id": "b", "conversations": [{"from": "bot", "value": ""}]}], "turn 0: unknown role 'bot'"),
     ],
