@@ -61,7 +61,8 @@ class DataConfig(_Strict):
     feature_cache: str | None = None
     """Folder of a cache of the frozen tower's features; None computes them every time."""
     on_bad_sample: Literal["error", "skip"] = "error"
-    packing: Literal["packed", "padded"] = "packed"
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """``auto``: packed where flash attention runs, padded elsewhere (see ``resolve_packing``)."""
 
 
 class TrainConfig(_Strict):

@@ -56,7 +56,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     from llava_ds.engine.run_record import finish_run, start_run
     from llava_ds.engine.saving import save_step
     from llava_ds.engine.setup import DTYPES, build_trackers, load_initial_weights, select_device
-    from llava_ds.models.build import build_model, llm_hidden_size, load_tokenizer, resolve_attention
+    from llava_ds.models.build import build_model, llm_hidden_size, load_tokenizer, resolve_attention, resolve_packing
     from llava_ds.models.freezing import apply_freezing
 
     started = time.time()
@@ -66,6 +66,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     if config.prepare:
         config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, ranks)))
     attention = resolve_attention(config.model.attn_implementation, device)
+    packing = resolve_packing(config.data.packing, attention)
     ds_config = resolve_ds_config(
         raw_ds_config, config.train, ranks.world_size, llm_hidden_size(config.model.llm), str(ds_json)
     )
@@ -79,6 +80,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
 
     data = build_training_data(
         config,
+        packing.name,
         tokenizer,
         ImageTransform.for_tower(model.vision_tower.spec, config.data.image_aspect_ratio),
         (model.vision_tower.spec.num_patches, model.vision_tower.spec.width),
@@ -90,7 +92,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     scheduler = build_scheduler(optimizer, config.train, data.num_steps)
     engine = backend.initialize_engine(model, optimizer, scheduler, ds_config)
 
-    start_run(run_dir, config, ds_config, model, attention, data, ranks)
+    start_run(run_dir, config, ds_config, model, attention, packing, data, ranks)
     settings = LoopSettings(
         ranks.world_size, data.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps, device
     )

@@ -25,17 +25,17 @@ from llava_ds.data.dataset import (
 from llava_ds.data.feature_cache import open_feature_cache
 from llava_ds.data.images import ImageTransform
 from llava_ds.data.llava_json import read_llava_json
-from llava_ds.data.loader import build_loader
+from llava_ds.data.loader import BatchStream, build_loader
 from llava_ds.data.sampler import BatchSizes, StepPlan, plan_run, steps_per_epoch
 from llava_ds.distributed import Ranks, run_on_main_first
-from llava_ds.schema import Batch, Sample
+from llava_ds.schema import Sample
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """Everything that the loop asks of the data."""
 
-    loader: torch.utils.data.DataLoader[Batch]
+    loader: BatchStream
     lengths: EncodedLengths
     seed: int
     num_steps: int
@@ -53,6 +53,7 @@ class TrainingData:
 
 def build_training_data(
     config: RunConfig,
+    packing: str,
     tokenizer: Any,
     transform: ImageTransform,
     feature_shape: tuple[int, int],
@@ -63,6 +64,7 @@ def build_training_data(
     """Reads, checks and measures the data, plans the run, and builds this rank's loader.
 
     Args:
+        packing: ``packed`` or ``padded``, resolved.
         feature_shape: (P, C) of the tower.
         tower_key: names the tower's weights and the transform, for the feature cache.
         compute_features: [I, 3, H, W] -> [I, P, C], by the frozen tower.
@@ -100,7 +102,7 @@ def build_training_data(
         dummy = torch.zeros(feature_shape)
     loader = build_loader(
         LlavaDataset(samples, text, root, load_image),
-        Collator(config.data.packing, dummy, features),
+        Collator(packing, dummy, features),
         lengths.num_tokens,
         config.seed,
         num_steps,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from llava_ds.data.collator import Collator
-from llava_ds.data.dataset import LlavaDataset
+from llava_ds.data.dataset import Example, LlavaDataset
 from llava_ds.data.sampler import BatchSizes, Slot, plan_run
+from llava_ds.errors import DataError
 from llava_ds.schema import Batch
 
 
@@ -26,6 +28,47 @@ class _RankBatches(torch.utils.data.Sampler[list[Slot]]):
                 yield list(row[self.rank])
 
 
+class _Caught(torch.utils.data.Dataset[Any]):
+    """Hands over a DataError instead of raising it: a DataLoader worker would wrap it in its own traceback."""
+
+    def __init__(self, dataset: LlavaDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, slot: Slot) -> Example | DataError:
+        try:
+            return self.dataset[slot]
+        except DataError as error:
+            return error
+
+
+@dataclass(frozen=True)
+class _CollateUnlessFailed:
+    """The collator, or the first error among the examples."""
+
+    collator: Collator
+
+    def __call__(self, examples: list[Example | DataError]) -> Batch | DataError:
+        good = [example for example in examples if isinstance(example, Example)]
+        errors = [example for example in examples if isinstance(example, DataError)]
+        return errors[0] if errors else self.collator(good)
+
+
+@dataclass(frozen=True)
+class BatchStream:
+    """The micro-batches of a rank. Iterating raises DataError, in this process, for a sample that cannot be read."""
+
+    loader: torch.utils.data.DataLoader[Any]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
 def build_loader(
     dataset: LlavaDataset,
     collator: Collator,
@@ -35,16 +78,17 @@ def build_loader(
     batch: BatchSizes,
     rank: int,
     num_workers: int,
-) -> torch.utils.data.DataLoader[Batch]:
+) -> BatchStream:
     """Micro-batches of a rank for a whole run. The number of workers changes nothing but the speed."""
     options: dict[str, Any] = {}
     if num_workers:
         options = {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork"}
-    return torch.utils.data.DataLoader(
-        cast(Any, dataset),  # batches of examples become Batch in the collator
+    loader = torch.utils.data.DataLoader(
+        _Caught(dataset),
         batch_sampler=_RankBatches(lengths, seed, num_steps, batch, rank),
-        collate_fn=collator,
+        collate_fn=_CollateUnlessFailed(collator),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         **options,
     )
+    return BatchStream(loader)

@@ -27,6 +27,7 @@ def start_run(
     ds_config: dict[str, Any],
     model: Llava,
     attention: Backend,
+    packing: Backend,
     data: TrainingData,
     ranks: Ranks,
 ) -> None:
@@ -44,6 +45,7 @@ def start_run(
         "ds_config": ds_config,
         "tower": model.vision_tower.spec.as_dict(),
         "attention": vars(attention),
+        "packing": vars(packing),
         "world_size": ranks.world_size,
         "num_samples": len(data.lengths.num_tokens),
         "num_steps": data.num_steps,
@@ -52,7 +54,7 @@ def start_run(
     }
     (run_dir / "run.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"{config.name}: {len(data.lengths.num_tokens)} samples, {data.num_steps} steps, {ranks.world_size} rank(s)")
-    print(f"attention: {attention.name} ({attention.reason})")
+    print(f"attention: {attention.name} ({attention.reason}); batches: {packing.name} ({packing.reason})")
     if data.skipped:
         print(f"skipped {sum(data.skipped.values())} samples: {dict(data.skipped)}")
 

@@ -43,6 +43,19 @@ def resolve_attention(asked: str, device: torch.device) -> Backend:
     return Backend(asked, "asked for by name")
 
 
+def resolve_packing(asked: str, attention: Backend) -> Backend:
+    """Packed or padded micro-batches: what was asked for, or for ``auto`` the cheaper one under this attention.
+
+    Only flash attention skips the pairs of different samples in a packed row; sdpa and eager compute and mask all
+    of them, which costs more than padding does.
+    """
+    if asked != "auto":
+        return Backend(asked, "asked for by name")
+    if attention.name == "flash_attention_2":
+        return Backend("packed", "flash attention skips the pairs of different samples")
+    return Backend("padded", f"{attention.name} would compute the pairs of different samples too")
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of an LLM folder or name. Raises ConfigError when there is none."""
     try:

@@ -67,7 +67,7 @@ def _figure(record: Mapping[str, Any], image_root: Path) -> str:
     return (
         f'<figure><img alt="" src="{_data_uri(image_root / record["image"])}">'
         f"{html.escape(record['question'])}<br>truth: {html.escape(record['answer'])}<br>"
-        f'<span class="{mark}">answer: {html.escape(record["prediction"])}</span></figure>'
+        f'<span class="{mark}">answer: {html.escape(record["prediction"])} ({mark})</span></figure>'
     )
 
 

@@ -62,6 +62,28 @@ def test_losses_agree(world, reference, stage, num_ranks):
     assert (record["world_size"], record["num_samples"]) == (num_ranks, 11)
 
 
+def test_torchrun_starts_the_same_script(world, reference):
+    command = ["torchrun", "--nproc_per_node", "2", "--master_port", "29690", str(TRAIN)]
+    command += ["--deepspeed", str(ROOT / "ds_configs" / "zero1.json")]
+    command += ["--recipe", str(write_recipe(world)), "--run-dir", str(world / "torchrun")]
+    done = subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert _losses(world / "torchrun") == pytest.approx(reference, abs=TOLERANCE)
+
+
+def test_a_picture_that_does_not_decode_is_named_by_a_worker_without_a_traceback(world):
+    data = world / "broken"
+    shutil.copytree(world / "data", data)
+    (data / "2.png").write_bytes(b"no picture")
+    recipe = write_recipe(world, data__path=str(data / "train.json"), data__num_workers=2)
+    done = _launch(recipe, 0, 2, world / "broken_run")
+    assert done.returncode != 0
+    assert "DataError" in done.stderr
+    assert str(data / "2.png") in done.stderr
+    assert "Traceback" not in done.stderr.split("DataError")[0]
+    assert not list((world / "broken_run").glob("checkpoints/*/COMPLETE"))
+
+
 def test_stage_1_trains_the_projector_alone_and_stage_2_starts_from_it(world):
     from safetensors import safe_open
 
