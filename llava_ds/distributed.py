@@ -43,8 +43,12 @@ def apply_launcher_environment(environ: MutableMapping[str, str]) -> Ranks:
     """
     required = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" not in environ and "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-        for name, slurm_name in _SLURM_NAMES.items():
-            environ[name] = environ[slurm_name]
+        missing = [name for name in _SLURM_NAMES.values() if name not in environ]
+        if missing:
+            raise ConfigError(
+                f"this is a step of Slurm, but {', '.join(missing)} is not set; start every rank with srun itself"
+            )
+        environ.update({name: environ[slurm_name] for name, slurm_name in _SLURM_NAMES.items()})
         environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000))
         if environ["WORLD_SIZE"] == "1":
             environ.setdefault("MASTER_ADDR", "127.0.0.1")

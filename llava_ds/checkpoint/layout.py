@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from llava_ds.constants import COMPLETE_MARKER
 from llava_ds.errors import CheckpointError
@@ -43,7 +45,10 @@ def resolve_step(path: Path) -> Path:
         return path
     steps = list_steps(path)
     if not steps:
-        raise CheckpointError(f"{path} holds no complete checkpoint (checkpoints/step-*/{COMPLETE_MARKER})")
+        raise CheckpointError(
+            f"{path} holds no complete checkpoint (checkpoints/step-*/{COMPLETE_MARKER}); "
+            "let the run reach its next save, or give another run"
+        )
     return steps[-1]
 
 
@@ -53,6 +58,17 @@ def commit(folder: Path) -> None:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     (folder / COMPLETE_MARKER).write_text("")
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[Path]:
+    """Whatever goes wrong while ``file`` is read becomes a CheckpointError that names it."""
+    try:
+        yield file
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read: {error}\n  The checkpoint is damaged: copy or merge it again, or use another step."
+        ) from error
 
 
 def write_safetensors_stream(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llava_ds.checkpoint.keymap import from_llava_hf
-from llava_ds.checkpoint.layout import resolve_step
+from llava_ds.checkpoint.layout import reading, resolve_step
 from llava_ds.checkpoint.trained import apply_trained, locate_trained, read_run
 from llava_ds.config import ModelConfig
 from llava_ds.constants import COMPLETE_MARKER
@@ -33,14 +33,26 @@ class LoadedModel:
     image_aspect_ratio: str
 
 
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint step or merged folder that ``path`` names; nothing is loaded.
+
+    Raises CheckpointError when there is none, or it is not complete.
+    """
+    if not (path / MERGED_FILE).is_file():
+        return resolve_step(path)
+    if not (path / COMPLETE_MARKER).is_file():
+        raise CheckpointError(f"{path} is not complete (no {COMPLETE_MARKER}); merge again")
+    return path
+
+
 def load_model(path: Path, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32) -> LoadedModel:
     """The model of a run folder, a checkpoint step or a merged folder.
 
     Raises CheckpointError when there is none, it is not complete, or something does not fit.
     """
-    if (path / MERGED_FILE).is_file():
-        return _load_merged(path, attn_implementation, dtype)
-    step = resolve_step(path)
+    step = find_checkpoint(path)
+    if (step / MERGED_FILE).is_file():
+        return _load_merged(step, attn_implementation, dtype)
     config = read_run(step)["config"]
     model_config = ModelConfig.model_validate(config["model"])
     model = build_model(model_config, attn_implementation, dtype, config["seed"])
@@ -59,16 +71,17 @@ def export_llm(run: Path, out: Path) -> None:
 
 
 def _load_merged(path: Path, attn_implementation: str, dtype: torch.dtype) -> LoadedModel:
-    if not (path / COMPLETE_MARKER).is_file():
-        raise CheckpointError(f"{path} is not complete (no {COMPLETE_MARKER}); merge again")
-    facts = json.loads((path / MERGED_FILE).read_text())
-    hf_config = json.loads((path / "config.json").read_text())
+    with reading(path / MERGED_FILE) as file:
+        facts = json.loads(file.read_text())
+    with reading(path / "config.json") as file:
+        hf_config = json.loads(file.read_text())
     tower = build_tower_from_spec(TowerSpec.from_dict(facts["tower"]), facts["select_layer"]).to(dtype)
     llm = build_llm_from_config(hf_config["text_config"], attn_implementation, dtype)
     width = llm.config.get_text_config().hidden_size
     projector = build_projector(facts["projector"], tower.spec.width, width, seed=0).to(dtype)
     model = Llava(tower, projector, llm, zero_features=facts["zero_features"])
-    weights = from_llava_hf(path / "model.safetensors", facts["projector"], facts["projector_export"], tower.spec.width)
+    with reading(path / "model.safetensors") as file:
+        weights = from_llava_hf(file, facts["projector"], facts["projector_export"], tower.spec.width)
     result = model.load_state_dict(weights, strict=False)
     tied = {"llm.lm_head.weight"} if llm.config.get_text_config().tie_word_embeddings else set()
     missing = set(result.missing_keys) - tied

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import CLIPImageProcessor, LlavaProcessor
 
 from llava_ds.checkpoint.keymap import choose_projector_export, to_llava_hf
@@ -27,9 +28,9 @@ def merge(source: Path, out: Path) -> str:
     """Writes the merged folder of a run or step; returns how the projector was written.
 
     The folder appears whole or not at all. Its model has two more words than the run's LLM, ``<image>`` and
-    ``<pad>``, as transformers needs them; their rows are never read.
+    ``<pad>``, as transformers needs them; their rows are never read, and never the likeliest next word.
 
-    Raises CheckpointError when ``out`` exists, or the source is not complete.
+    Raises CheckpointError when ``out`` exists or cannot be made, or the source is not complete.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists already; give another folder, or remove it first")
@@ -40,7 +41,10 @@ def merge(source: Path, out: Path) -> str:
     export = choose_projector_export(kind, spec.width, width)
     work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be made: {error}; give another folder") from error
     try:
         num_words = _save_processor(work, loaded, spec)
         _grow_vocabulary(model, num_words)
@@ -119,8 +123,13 @@ def _save_processor(out: Path, loaded: LoadedModel, spec: TowerSpec) -> int:
 
 def _grow_vocabulary(model: Llava, num_words: int) -> None:
     rows = model.llm.get_input_embeddings().weight.shape[0]
-    if num_words > rows:
-        model.llm.resize_token_embeddings(num_words, pad_to_multiple_of=64, mean_resizing=False)
+    if num_words <= rows:
+        return
+    model.llm.resize_token_embeddings(num_words, pad_to_multiple_of=64, mean_resizing=False)
+    with torch.no_grad():
+        for table in (model.llm.get_input_embeddings(), model.llm.get_output_embeddings()):
+            # A mean of logits is never the largest: no answer changes. Random rows could win.
+            table.weight[rows:] = table.weight[:rows].mean(0)
 
 
 def _hf_config(loaded: LoadedModel, spec: TowerSpec, export: str) -> dict[str, Any]:

@@ -11,16 +11,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from llava_ds.checkpoint.layout import resolve_step
+from llava_ds.checkpoint.layout import reading, resolve_step
 from llava_ds.errors import CheckpointError
 
 
 def read_run(step: Path) -> dict[str, Any]:
     """The run.json of a checkpoint. Raises CheckpointError when it is missing or broken."""
-    try:
-        return json.loads((step / "run.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{step / 'run.json'} cannot be read: {error}; the checkpoint is damaged") from error
+    with reading(step / "run.json") as file:
+        return json.loads(file.read_text())
 
 
 def locate_trained(path: Path) -> dict[str, Path]:
@@ -36,8 +34,7 @@ def locate_trained(path: Path) -> dict[str, Path]:
         if step.resolve() in visited:
             raise CheckpointError(f"{step}: its model.init_from leads back to itself; start from another folder")
         visited.add(step.resolve())
-        file = step / "trainable.safetensors"
-        with safe_open(file, "pt") as weights:
+        with reading(step / "trainable.safetensors") as file, safe_open(file, "pt") as weights:
             for name in weights.keys():
                 located.setdefault(name, file)
         source = read_run(step)["config"]["model"]["init_from"]

@@ -1,5 +1,8 @@
 """Patch features of a frozen, unaugmented tower, computed once: exact, and opt-in (``data.feature_cache``).
 
+Exact: what is read is bit for bit what the tower gave when the cache was filled. Computed again in batches of another
+size or on another number of threads, fp32 features differ in their last bits (benchmarks/feature_cache.py counts them).
+
 One folder for one (tower, block, picture size, aspect) key: an array that only grows and the table of its rows.
 The table is replaced after the array has grown, so an interrupted run loses nothing that the table knows.
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from llava_ds.errors import DataError
 
@@ -66,6 +66,6 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError as error:
-        raise DataError(f"image {path}: no such file; fix the path or data.image_root") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"image {path}: no such file; fix the path, or the image root before it") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL has no common error
         raise DataError(f"image {path} does not decode: {error}; replace the file or drop its record") from error

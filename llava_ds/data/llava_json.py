@@ -18,7 +18,7 @@ def read_llava_json(path: Path, on_bad_sample: str = "error") -> tuple[list[Samp
 
     Raises DataError for a missing or broken file, and for the first bad record when ``on_bad_sample="error"``.
     """
-    records = _read_list(path)
+    records = read_json_list(path, "a LLaVA JSON file as data.path")
     samples: list[Sample] = []
     skipped: Counter[str] = Counter()
     for number, record in enumerate(records):
@@ -31,17 +31,19 @@ def read_llava_json(path: Path, on_bad_sample: str = "error") -> tuple[list[Samp
     return samples, skipped
 
 
-def _read_list(path: Path) -> list[Any]:
+def read_json_list(path: Path, wanted: str) -> list[Any]:
+    """The records of a JSON file. Raises DataError that names the file, the place and what is ``wanted``."""
     if not path.is_file():
-        raise DataError(f"data.path={str(path)!r}: no such file; give a LLaVA JSON file")
+        raise DataError(f"{path}: no such file; give {wanted}")
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}); give a LLaVA JSON file") from error
+        raise DataError(f"{path}: not UTF-8 text ({error}); give {wanted}") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from error
+        raise DataError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}; give {wanted}") from error
     if not isinstance(records, list) or not records:
-        raise DataError(f"{path}: expected a list of records, got {type(records).__name__} of length {len(records)}")
+        got = "an empty list" if records == [] else type(records).__name__
+        raise DataError(f"{path}: expected a list of records, got {got}; give {wanted}")
     return records
 
 

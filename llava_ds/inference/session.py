@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -43,15 +43,27 @@ class Session:
     def stream(self, turns: Sequence[Turn], images: Sequence[Path], sampling: Sampling) -> Iterator[str]:
         """Pieces of the answer to a conversation that ends in a user turn, as they come.
 
-        Raises DataError when the placeholders do not match the images, or an image does not decode.
+        Raises DataError when the placeholders do not match the images, or an image does not decode; what goes
+        wrong while the model generates is raised here, too.
         """
-        inputs = self._inputs([turns], [images])
+        inputs, options = self._inputs([turns], [images]), self._options(sampling)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=False, skip_special_tokens=True)
-        options = self._options(sampling)
-        worker = Thread(target=lambda: self.model.llm.generate(**inputs, **options, streamer=streamer), daemon=True)
+        failures: list[Exception] = []
+
+        def generate() -> None:
+            try:
+                self.model.llm.generate(**inputs, **options, streamer=streamer)
+            except Exception as error:
+                failures.append(error)
+            finally:
+                streamer.on_finalized_text("", stream_end=True)  # after a failure, too, or the loop below would hang
+
+        worker = Thread(target=generate, daemon=True)
         worker.start()
-        yield from streamer
+        yield from before_stop(streamer, stop_string(self.template))
         worker.join()
+        if failures:
+            raise failures[0]
 
     @torch.no_grad()
     def answer_batch(
@@ -65,9 +77,17 @@ class Session:
 
     def _inputs(self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Path]]) -> dict[str, Any]:
         for turns, paths in zip(conversations, images, strict=True):
-            num_placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+            num_placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
             if num_placeholders != len(paths):
-                raise DataError(f"{num_placeholders} '{IMAGE_PLACEHOLDER}' in the conversation but {len(paths)} images")
+                raise DataError(
+                    f"{num_placeholders} '{IMAGE_PLACEHOLDER}' in the questions but {len(paths)} image(s) given.\n"
+                    f"  Each '{IMAGE_PLACEHOLDER}' stands for one image: give as many, or take it out of the question."
+                )
+            if self.template.drops_question and not paths:
+                raise DataError(
+                    f"template {self.template.name!r} (stage 1) keeps only the images of a question, and none is given;"
+                    " give an image, or use a checkpoint of stage 2"
+                )
         num_patches = self.model.vision_tower.spec.num_patches
         rows = [encode_prompt(turns, self.tokenizer, self.template, num_patches) for turns in conversations]
         longest = max(len(row) for row in rows)
@@ -96,6 +116,24 @@ class Session:
         if stop:
             options |= {"stop_strings": [stop], "tokenizer": self.tokenizer}
         return options
+
+
+def before_stop(pieces: Iterable[str], stop: str | None) -> Iterator[str]:
+    """Pieces of a text up to its stop string, which may begin in one piece and end in another."""
+    if stop is None:
+        yield from pieces
+        return
+    held = ""
+    for piece in pieces:
+        held += piece
+        if stop in held:
+            yield held.split(stop)[0]
+            return
+        begun = max(size for size in range(len(stop)) if held.endswith(stop[:size]))
+        cut = len(held) - begun
+        yield held[:cut]
+        held = held[cut:]
+    yield held
 
 
 def load_session(path: Path) -> Session:

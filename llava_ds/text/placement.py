@@ -27,6 +27,13 @@ def apply_placement(sample: Sample, mode: str, seed: int, epoch: int) -> Sample:
     return replace(sample, turns=(replace(first, text=text), *sample.turns[1:]))
 
 
+def place_images(question: str, num_images: int) -> str:
+    """A question with its images in front of it, unless it places them itself with ``<image>``."""
+    if IMAGE_PLACEHOLDER in question:
+        return question
+    return f"{IMAGE_PLACEHOLDER}\n" * num_images + question
+
+
 def is_image_first(seed: int, epoch: int, sample_id: str) -> bool:
     """The coin of ``random`` placement."""
     return hashlib.sha256(f"{seed}|{epoch}|{sample_id}".encode()).digest()[0] % 2 == 0

@@ -20,7 +20,7 @@ TOLERANCE = 2e-5
 
 def _environ() -> dict[str, str]:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environ = {key: value for key, value in os.environ.items() if key not in names}
+    environ = {key: value for key, value in os.environ.items() if key not in names and not key.startswith("SLURM_")}
     return environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{environ['PATH']}"}
 
 
@@ -69,6 +69,30 @@ def test_torchrun_starts_the_same_script(world, reference):
     done = subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert _losses(world / "torchrun") == pytest.approx(reference, abs=TOLERANCE)
+
+
+def test_the_variables_of_srun_alone_start_the_same_script(world, reference):
+    command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / "zero1.json")]
+    command += ["--recipe", str(write_recipe(world)), "--run-dir", str(world / "srun")]
+    step = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "9695", "MASTER_ADDR": "127.0.0.1"}
+    tasks = [
+        subprocess.Popen(
+            command,
+            env=_environ() | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [task.communicate(timeout=240)[1] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    assert _losses(world / "srun") == pytest.approx(reference, abs=TOLERANCE)
+    assert json.loads((world / "srun" / "run.json").read_text())["world_size"] == 2
 
 
 def test_a_picture_that_does_not_decode_is_named_by_a_worker_without_a_traceback(world):

@@ -9,6 +9,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llava_ds.checkpoint.layout import commit, step_dir
+from llava_ds.config import load_recipe
+from llava_ds.models.build import build_model
 from llava_ds.models.vision_tower import TowerSpec, build_tower_from_spec
 from llava_ds.quickstart.language import train_sentencepiece
 from llava_ds.text.sentencepiece_tokenizer import build_sentencepiece_tokenizer
@@ -95,3 +98,16 @@ def write_world(root: Path) -> Path:
     write_llm(root / "llm")
     write_data(root / "data")
     return root
+
+
+def write_run(root: Path, name: str = "run", **changes) -> Path:
+    """A run folder as training leaves it, with weights of its own; ``changes`` are those of ``write_recipe``."""
+    config = load_recipe(str(write_recipe(root, **changes)))
+    model = build_model(config.model, "sdpa", torch.float32, seed=21)
+    step = step_dir(root / name, 4)
+    step.mkdir(parents=True)
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith("vision_tower")}
+    save_file(trained, step / "trainable.safetensors")
+    (step / "run.json").write_text(json.dumps({"config": config.model_dump()}))
+    commit(step)
+    return root / name

@@ -26,7 +26,8 @@ def test_a_record_becomes_a_sample(tmp_path):
     ("value", "message"),
     [
         ("[{]", r"train.json:1:3: not valid JSON"),
-        ("[]", "expected a list of records"),
+        ("[]", "expected a list of records, got an empty list"),
+        ("7", "expected a list of records, got int"),
         ([7], r"train.json\[0\]: expected an object, got int"),
         ([GOOD, {"conversations": []}], r"train.json\[1\]: no 'id'"),
         ([{"id": 3, "conversations": None}], r"train.json\[0\] id='3': 'conversations' must be a list"),
