@@ -15,7 +15,7 @@ install: .venv/.installed
 	touch $@
 
 quickstart: install
-	$(BIN)/python tools/quickstart
+	$(BIN)/python tools/quickstart $(QUICKSTART_OPTIONS)
 
 test: install
 	$(BIN)/python -m pytest

@@ -98,7 +98,7 @@ class RunConfig(_Strict):
     prepare: Literal["quickstart"] | None = None
     """Data and models that are built first; ``{prepared}`` in a string stands for their folder."""
     next_command: str | None = None
-    """Printed at the end of the run."""
+    """Printed at the end of the run; ``{run_dir}`` stands for its folder."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig

@@ -66,4 +66,4 @@ def finish_run(run_dir: Path, config: RunConfig, progress: Progress, seconds: fl
     plot_loss({config.name: read_metrics(run_dir / "metrics.jsonl")}, run_dir / "loss.png")
     print(f"{config.name}: {progress.step} steps in {seconds:.0f} s, last loss {progress.loss:.4f}, in {run_dir}")
     if config.next_command:
-        print(f"Next: {config.next_command}")
+        print(f"Next: {config.next_command.replace('{run_dir}', str(run_dir))}")

@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 
-_CATEGORIES = {"Animals & Nature": "animal or plant", "Food & Drink": "food or drink"}
+# One word each: what a category question adds to a sequence is time that the names do not get.
+_CATEGORIES = {"Animals & Nature": "nature", "Food & Drink": "food"}
 
 
 @dataclass(frozen=True)

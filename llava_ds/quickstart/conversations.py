@@ -25,9 +25,10 @@ BRIEF_INSTRUCTIONS = (
 """The paper's questions for the naive expansion (Table 11)."""
 
 NAME_QUESTION = "What is this?"
-SUBCATEGORY_QUESTION = "What kind of thing is it?"
-CATEGORY_QUESTION = "Is it an animal or plant, or a food or drink?"
-COUNT_QUESTION = "How many things are in the picture?"
+SUBCATEGORY_QUESTION = "Which kind?"
+CATEGORY_QUESTION = "Nature or food?"
+COUNT_QUESTION = "How many things?"
+NUM_DESCRIPTION_WORDS = 10
 
 
 def caption_record(concept: Concept, record_id: str, image: str) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def scene_rounds(scene: Scene) -> list[tuple[str, str]]:
     other = _rng(f"{scene.id}|other").choice(scene.things)
     return [
         (COUNT_QUESTION, str(len(scene.things))),
-        (f"What is in the {thing.place}?", thing.concept.name),
+        (f"What is {thing.place}?", thing.concept.name),
         (f"Where is the {other.concept.name}?", other.place),
     ]
 
@@ -88,17 +89,30 @@ def scene_eval_records(scene: Scene, image: str) -> list[dict[str, Any]]:
     ]
 
 
-def text_only(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same conversations without their images: what the small LLM learns its words from."""
-    return [
-        {
-            "id": f"text-{record['id']}",
-            "conversations": [
-                {**turn, "value": turn["value"].replace("<image>\n", "")} for turn in record["conversations"]
-            ],
-        }
-        for record in records
-    ]
+def concept_words(concept: Concept, record_id: str) -> str:
+    """What a picture shows, as words in random order, some of them repeated.
+
+    Patches of a picture carry no word order either: an LLM that learned to answer from such words has learned what
+    stage 1 needs of it, to look the answer up in what stands where the image will stand.
+    """
+    rng = _rng(f"{record_id}|words")
+    words = f"{concept.name} {concept.subcategory} {concept.category}".split()
+    words += rng.choices(words, k=max(0, NUM_DESCRIPTION_WORDS - len(words)))
+    rng.shuffle(words)
+    return " ".join(words)
+
+
+def scene_words(scene: Scene) -> str:
+    """What a scene shows and where, in random order."""
+    phrases = [f"{thing.place} {thing.concept.name}" for thing in scene.things]
+    _rng(f"{scene.id}|words").shuffle(phrases)
+    return ", ".join(phrases)
+
+
+def text_record(record: dict[str, Any], words: str) -> dict[str, Any]:
+    """The same conversation with words in the place of its image: what the small LLM learns from."""
+    turns = [{**turn, "value": turn["value"].replace("<image>", words)} for turn in record["conversations"]]
+    return {"id": f"text-{record['id']}", "conversations": turns}
 
 
 def _record(record_id: str, image: str, rounds: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ VOCAB_SIZE = 1536
 
 
 def write_llm_init(folder: Path, texts: Sequence[str]) -> None:
-    """Writes a transformers folder without weights: tokenizer and config of a LLaMA with about a million parameters."""
+    """Writes a transformers folder without weights: tokenizer and config of a LLaMA with 0.6 million parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     model_file = folder / "tokenizer.model"
     model_file.write_bytes(train_sentencepiece(texts))
@@ -23,15 +23,15 @@ def write_llm_init(folder: Path, texts: Sequence[str]) -> None:
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         max_position_embeddings=1024,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,  # copying a word from the context is learned sooner
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from llava_ds.quickstart.report import write_report
 
 _ROOT = Path(__file__).parents[2]
 STAGES = ("quickstart_stage1", "quickstart_stage2", "quickstart_blind")
+MIN_NAME, MIN_CATEGORY, MAX_BLIND_NAME = 0.30, 0.85, 0.02
+"""What the README promises of the unseen style, with every style at hand."""
 
 
 def run_quickstart(out: Path, seed: int, num_ranks: int, log: Callable[[str], None] = print) -> dict[str, Any]:
@@ -68,6 +70,19 @@ def run_quickstart(out: Path, seed: int, num_ranks: int, log: Callable[[str], No
     ]
     write_report(out / "report.html", seeing, blind, prepared, curve, facts)
     return scores
+
+
+def missed_bars(scores: Mapping[str, Any]) -> list[str]:
+    """What the scores of ``run_quickstart`` miss of the README's promise, with both values."""
+    seeing, blind = scores["seeing"], scores["blind"]
+    missed = [
+        f"{kind}: {seeing[kind]:.3f}, at least {bar:.2f} expected"
+        for kind, bar in (("name", MIN_NAME), ("category", MIN_CATEGORY))
+        if seeing[kind] < bar
+    ]
+    if blind["name"] > MAX_BLIND_NAME:
+        missed.append(f"blind name: {blind['name']:.3f}, at most {MAX_BLIND_NAME:.2f} expected")
+    return missed
 
 
 def _train(recipe: str, out: Path, seed: int, num_ranks: int) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image, ImageOps
 
 from llava_ds.config import find_recipe
 from llava_ds.constants import COMPLETE_MARKER
@@ -26,6 +25,7 @@ from llava_ds.quickstart.language import write_llm_init
 from llava_ds.quickstart.scenes import Scene, compose_scenes
 from llava_ds.quickstart.sources import Style, Styles, open_styles
 from llava_ds.quickstart.tower import write_tower
+from llava_ds.quickstart.views import draw_views
 
 IMAGE_SIZE = 84  # 36 patches of 14 px; 112 px costs twice the time
 NUM_SCENES = 150  # of every trained style
@@ -114,8 +114,7 @@ def _build(target: Path, styles: Styles, log: Log) -> None:
 def _fill(work: Path, styles: Styles, log: Log) -> None:
     (work / "images").mkdir(parents=True)
     concepts = load_concepts()
-    stage1, stage2 = _write_training_set(work, styles, concepts)
-    texts = talk.text_only(stage1) + talk.text_only(stage2)
+    stage1, stage2, texts = _write_training_set(work, styles, concepts)
     _write_json(work / "stage1.json", stage1)
     _write_json(work / "stage2.json", stage2)
     _write_json(work / "texts.json", texts)
@@ -135,8 +134,9 @@ def _fill(work: Path, styles: Styles, log: Log) -> None:
 
 def _write_training_set(
     work: Path, styles: Styles, concepts: Sequence[Concept]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    stage1, stage2 = [], []
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Pictures and scenes of the trained styles; returns stage 1, stage 2, and both as texts without images."""
+    stage1, stage2, texts = [], [], []
     scene_lines = []
     for name in styles.trained:
         style = styles.available[name]
@@ -144,26 +144,24 @@ def _write_training_set(
             for record_id, image in _write_pictures(work, style, concept):
                 stage1.append(talk.caption_record(concept, f"caption-{record_id}", image))
                 stage2.append(talk.picture_record(concept, f"chat-{record_id}", image))
+                words = talk.concept_words(concept, record_id)
+                texts += [talk.text_record(record, words) for record in (stage1[-1], stage2[-1])]
         for scene in compose_scenes(style, concepts, NUM_SCENES, IMAGE_SIZE, seed=0):
             image = _write_scene(work, scene)
             stage2.append(talk.scene_record(scene, image))
+            texts.append(talk.text_record(stage2[-1], talk.scene_words(scene)))
             scene_lines.append(_scene_line(scene, image))
     (work / "scenes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scene_lines))
-    return stage1, stage2
+    return stage1, stage2, texts
 
 
 def _write_pictures(work: Path, style: Style, concept: Concept) -> list[tuple[str, str]]:
-    """The picture of a concept, and a smaller mirrored one: (record id, image path) of each."""
+    """Every view of a concept in a style: (record id, image path) of each."""
     picture = style.draw(concept)
-    if picture is None:
-        return []
-    stem = f"{style.name}-{concept.code_points.lower()}"
-    small = ImageOps.mirror(picture).resize((IMAGE_SIZE * 3 // 4,) * 2, Image.Resampling.LANCZOS)
-    canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
-    canvas.paste(small, (IMAGE_SIZE // 8, IMAGE_SIZE // 8))
     written = []
-    for record_id, image in ((stem, picture), (f"{stem}-small", canvas)):
-        image.save(work / "images" / f"{record_id}.png")
+    for suffix, view in draw_views(picture) if picture is not None else ():
+        record_id = f"{style.name}-{concept.code_points.lower()}{suffix}"
+        view.save(work / "images" / f"{record_id}.png")
         written.append((record_id, f"images/{record_id}.png"))
     return written
 
