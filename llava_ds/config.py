@@ -99,6 +99,8 @@ class RunConfig(_Strict):
     """Data and models that are built first; ``{prepared}`` in a string stands for their folder."""
     next_command: str | None = None
     """Printed at the end of the run; ``{run_dir}`` stands for its folder."""
+    track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """Where the numbers go besides the terminal and metrics.jsonl (the extra llava_ds[track])."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig

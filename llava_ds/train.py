@@ -56,11 +56,13 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     from llava_ds.engine.run_record import finish_run, start_run
     from llava_ds.engine.saving import save_step
     from llava_ds.engine.setup import DTYPES, build_trackers, load_initial_weights, select_device
+    from llava_ds.metrics.trackers import check_trackers
     from llava_ds.models.build import build_model, llm_hidden_size, load_tokenizer, resolve_attention, resolve_packing
     from llava_ds.models.freezing import apply_freezing
 
     started = time.time()
     raw_ds_config = read_ds_config(ds_json)
+    check_trackers(config.track)
     device = select_device(ranks)
     backend.init_distributed(device)
     if config.prepare:
@@ -97,7 +99,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
         ranks.world_size, data.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps, device
     )
     save = partial(save_step, engine, run_dir, keep_last=config.train.keep_last, is_main=ranks.is_main)
-    trackers = build_trackers(run_dir, data.num_steps, config.name, ranks)
+    trackers = build_trackers(run_dir, data.num_steps, config, ranks)
     progress = train(engine, data.loader, data.plans(), data.supervised_tokens, settings, trackers, save)
     finish_run(run_dir, config, progress, time.time() - started, ranks)
     del partitioned

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from llava_ds.checkpoint.trained import apply_trained, locate_trained
+from llava_ds.config import RunConfig
 from llava_ds.distributed import Ranks
 from llava_ds.engine.deepspeed_backend import load_full_parameter
 from llava_ds.engine.loop import Tracker
-from llava_ds.metrics.trackers import JsonlTracker, ProgressBar
+from llava_ds.metrics.trackers import EXTRA_TRACKERS, JsonlTracker, ProgressBar
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,8 +33,9 @@ def load_initial_weights(model: nn.Module, init_from: str | None, ranks: Ranks) 
     apply_trained(model, locate_trained(Path(init_from)), lambda p, value: load_full_parameter(p, value, ranks.is_main))
 
 
-def build_trackers(run_dir: Path, num_steps: int, title: str, ranks: Ranks) -> list[Tracker]:
-    """Progress bar and metrics.jsonl on rank 0, nothing elsewhere."""
+def build_trackers(run_dir: Path, num_steps: int, config: RunConfig, ranks: Ranks) -> list[Tracker]:
+    """Progress bar, metrics.jsonl and what the recipe adds (``track``) on rank 0, nothing elsewhere."""
     if not ranks.is_main:
         return []
-    return [ProgressBar(num_steps, title), JsonlTracker(run_dir / "metrics.jsonl")]
+    extra = [EXTRA_TRACKERS[name](run_dir, config.name) for name in config.track]
+    return [ProgressBar(num_steps, config.name), JsonlTracker(run_dir / "metrics.jsonl"), *extra]

@@ -1,14 +1,18 @@
-"""Where the numbers of a step go: a progress bar and metrics.jsonl."""
+"""Where the numbers of a step go: a progress bar, metrics.jsonl, and on request TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from llava_ds.errors import BackendUnavailableError
 
 
 class ProgressBar:
@@ -52,6 +56,56 @@ class JsonlTracker:
     def close(self) -> None:
         """Closes the file."""
         self.file.close()
+
+
+class TensorBoardTracker:
+    """Event files in ``run_dir/tensorboard``."""
+
+    def __init__(self, run_dir: Path, title: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Writes every number of a step; a number that is not known (None) is left out."""
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self.writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Writes what is buffered."""
+        self.writer.close()
+
+
+class WandbTracker:
+    """A run of Weights & Biases; project, account and mode come from its own ``WANDB_*`` variables."""
+
+    def __init__(self, run_dir: Path, title: str) -> None:
+        import wandb
+
+        self.run = wandb.init(name=title, dir=str(run_dir))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Sends a step's numbers."""
+        self.run.log(record, step=record["step"])
+
+    def close(self) -> None:
+        """Ends the run."""
+        self.run.finish()
+
+
+EXTRA_TRACKERS: dict[str, Callable[[Path, str], Any]] = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
+"""By the name of the package that each needs."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises BackendUnavailableError when the package of a tracker is not installed."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise BackendUnavailableError(
+            f"track={list(names)}: {', '.join(missing)} is not installed.\n"
+            "  Install the extra llava_ds[track], or take it out of the recipe."
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
