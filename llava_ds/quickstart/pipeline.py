@@ -61,6 +61,7 @@ def run_quickstart(out: Path, seed: int, num_ranks: int, log: Callable[[str], No
         "num_ranks": num_ranks,
         "seconds": seconds | {"total": total},
         "sources": read_sources(prepared),
+        "example_image": str(prepared / questions[0]["image"]),
     }
     (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     facts = [
