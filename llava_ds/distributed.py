@@ -60,7 +60,7 @@ def apply_launcher_environment(environ: MutableMapping[str, str]) -> Ranks:
             )
     elif "RANK" not in environ:
         environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        environ["MASTER_PORT"] = str(_free_port())
+        environ["MASTER_PORT"] = str(free_port())
     missing = [name for name in required if name not in environ]
     if missing:
         raise ConfigError(f"RANK is set but {', '.join(missing)} is not; start with deepspeed, torchrun or srun")
@@ -113,7 +113,8 @@ def flush_and_exit(code: int) -> None:
     os._exit(code)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

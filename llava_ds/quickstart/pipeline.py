@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ds.checkpoint.merge import merge
+from llava_ds.distributed import free_port
 from llava_ds.errors import ConfigError
 from llava_ds.evaluation.exact_match import evaluate, read_questions
 from llava_ds.inference.session import load_session
@@ -91,11 +92,12 @@ def _train(recipe: str, out: Path, seed: int, num_ranks: int) -> None:
     launcher = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     if launcher is None:
         raise ConfigError("the deepspeed launcher is not on the PATH; activate the environment it is installed in")
-    command = [launcher, "--num_accelerators", str(num_ranks), str(_ROOT / "llava_ds" / "train.py")]
+    command = [launcher, "--num_accelerators", str(num_ranks), "--master_port", str(free_port())]
+    command += [str(_ROOT / "llava_ds" / "train.py")]
     command += ["--deepspeed", str(_ROOT / "ds_configs" / "zero3.json"), "--recipe", recipe]
     command += ["--run-dir", str(out / recipe), "--set", f"seed={seed}"]
     if recipe != STAGES[0]:
-        command += ["--set", f"model.init_from={out / STAGES[0]}"]
+        command += ["--set", f"model.init_from={json.dumps(str(out / STAGES[0]))}"]  # JSON is YAML
     environ = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
     done = subprocess.run(command, env=environ)
     if done.returncode:

@@ -14,8 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llava_ds.config import find_recipe
 from llava_ds.constants import COMPLETE_MARKER
 from llava_ds.errors import ConfigError
@@ -211,7 +209,7 @@ def _train_llm(work: Path) -> None:
     command = [sys.executable, str(script), "--deepspeed", str(ds_json), "--recipe", "quickstart_llm"]
     command += ["--run-dir", str(run_dir)]
     for key, value in overrides.items():
-        command += ["--set", f"{key}={yaml.safe_dump(str(value), width=10**6).strip().removesuffix('...').strip()}"]
+        command += ["--set", f"{key}={json.dumps(str(value))}"]  # JSON is YAML
     # One process with all cores, and none of the surrounding launcher's ranks.
     launcher_names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
     environ = {k: v for k, v in os.environ.items() if k not in launcher_names and not k.startswith("SLURM_")}
