@@ -25,8 +25,9 @@ from llava_ds.quickstart.report import write_report
 
 _ROOT = Path(__file__).parents[2]
 STAGES = ("quickstart_stage1", "quickstart_stage2", "quickstart_blind")
-MIN_NAME, MIN_CATEGORY, MAX_BLIND_NAME = 0.30, 0.85, 0.02
-"""What the README promises of the unseen style, with every style at hand."""
+MIN_NAME, MIN_CATEGORY, MAX_BLIND_NAME = 0.25, 0.85, 0.02
+"""What one run must reach on the unseen style, with every style at hand. The README promises 0.30 of the names as a
+mean of three seeds; single ones were 0.31 to 0.38."""
 
 
 def run_quickstart(out: Path, seed: int, num_ranks: int, log: Callable[[str], None] = print) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def run_quickstart(out: Path, seed: int, num_ranks: int, log: Callable[[str], No
 
 
 def missed_bars(scores: Mapping[str, Any]) -> list[str]:
-    """What the scores of ``run_quickstart`` miss of the README's promise, with both values."""
+    """What the scores of ``run_quickstart`` miss of what one run must reach, with both values."""
     seeing, blind = scores["seeing"], scores["blind"]
     missed = [
         f"{kind}: {seeing[kind]:.3f}, at least {bar:.2f} expected"
