@@ -87,7 +87,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
         ImageTransform.for_tower(model.vision_tower.spec, config.data.image_aspect_ratio),
         (model.vision_tower.spec.num_patches, model.vision_tower.spec.width),
         model.vision_tower.key(),
-        lambda pixels: model.patch_features(pixels.to(device)),
+        lambda pixels: model.vision_tower(pixels.to(device)),
         ranks,
     )
     optimizer = build_optimizer(model, config.train)
