@@ -1,7 +1,7 @@
 """The nouns of the path from a record to a batch.
 
 Shapes use one alphabet everywhere: ``B`` rows, ``S`` padded length, ``T`` packed tokens, ``I`` images,
-``P`` patches per image, ``C`` vision width, ``D`` LLM width, ``V`` vocabulary, ``K`` supervised columns.
+``P`` patches per image, ``C`` vision width, ``D`` LLM width, ``V`` vocabulary, ``K`` supervised rows.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Batch:
     ``image_rows``     [I * P] rows of the flattened [B * S] sequence that the patches fill, in order.
     ``pixel_values``   [I, 3, H, W] of the images, or None when ``patch_features`` is given.
     ``patch_features`` [I, P, C] from the feature cache, or None.
-    ``loss_columns``   [K] columns at which some row predicts a supervised token.
-    ``loss_labels``    [B, K] the token to predict there, or ``IGNORE_INDEX``.
+    ``loss_rows``      [K] rows of the flattened [B * S] sequence that predict a supervised token.
+    ``loss_labels``    [K] the token to predict there.
     A batch without an image carries one dummy image, which fills no row: the tower and the projector run
     on every rank in every micro-batch, or ZeRO-3 would hang.
     """
@@ -83,7 +83,7 @@ class Batch:
     image_rows: torch.Tensor
     pixel_values: torch.Tensor | None
     patch_features: torch.Tensor | None
-    loss_columns: torch.Tensor
+    loss_rows: torch.Tensor
     loss_labels: torch.Tensor
     num_supervised: int
     sample_ids: tuple[str, ...]

@@ -28,7 +28,7 @@ class Collator:
     def __call__(self, examples: Sequence[Example]) -> Batch:
         rows = self._packed_rows(examples) if self.packing == "packed" else self._padded_rows(examples)
         input_ids, labels, position_ids, attention_mask = rows
-        columns, loss_labels = plan_loss(labels)
+        loss_rows, loss_labels = plan_loss(labels)
         lengths = [len(example.encoded.input_ids) for example in examples] or [1]
         stacks = [example.images for example in examples if example.images is not None]
         images = torch.cat(stacks) if stacks else self.dummy_image[None]
@@ -42,7 +42,7 @@ class Collator:
             image_rows=(input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero().flatten(),
             pixel_values=None if self.features else images,
             patch_features=images if self.features else None,
-            loss_columns=columns,
+            loss_rows=loss_rows,
             loss_labels=loss_labels,
             num_supervised=int((loss_labels != IGNORE_INDEX).sum()),
             sample_ids=tuple(example.encoded.id for example in examples),
@@ -79,12 +79,13 @@ class Collator:
 
 
 def plan_loss(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, S] labels -> columns [K] that predict a supervised token in some row, and what they predict [B, K].
+    """[B, S] labels -> rows [K] of the flattened [B * S] sequence that predict a supervised token, and that token [K].
 
-    At least one column, so that the LM head runs on every rank.
+    At least one row (with the label ``IGNORE_INDEX``), so that the LM head runs on every rank.
     """
-    targets = labels[:, 1:]  # column s predicts the token at s + 1
-    columns = (targets != IGNORE_INDEX).any(0).nonzero().flatten()
-    if len(columns) == 0:
-        return torch.zeros(1, dtype=torch.long), torch.full((len(labels), 1), IGNORE_INDEX)
-    return columns, targets[:, columns]
+    targets = torch.full_like(labels, IGNORE_INDEX)
+    targets[:, :-1] = labels[:, 1:]  # column s predicts the token at s + 1
+    rows = (targets != IGNORE_INDEX).flatten().nonzero().flatten()
+    if len(rows) == 0:
+        rows = torch.zeros(1, dtype=torch.long)
+    return rows, targets.flatten()[rows]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,28 +45,26 @@ class Llava(nn.Module):
         return project_splice(features.to(dtype), self.projector, text_embeds, image_rows)
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """[B, K, V] logits at the batch's ``loss_columns``; the LM head runs nowhere else."""
+        """[K, V] logits at the batch's ``loss_rows``; the LM head runs nowhere else."""
         features = batch.patch_features
         if features is None:
             if batch.pixel_values is None:
                 raise ValueError("a batch needs pixel_values or patch_features, a dummy image at least; got neither")
             features = self.patch_features(batch.pixel_values)
         embeds = self.inputs_embeds(batch.input_ids, features, batch.image_rows)
-        return self.llm(
-            inputs_embeds=embeds,
-            position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            logits_to_keep=batch.loss_columns,
-            **self._packed_attention(batch),
-        ).logits
+        with _head_on_rows(self.llm, batch.loss_rows):
+            return self.llm(
+                inputs_embeds=embeds,
+                position_ids=batch.position_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+                **self._packed_attention(batch),
+            ).logits[0]
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Sum of the cross entropy over the batch's supervised tokens, in fp32 (a scalar)."""
         logits = self.logits(batch).float()
-        return F.cross_entropy(
-            logits.flatten(0, 1), batch.loss_labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+        return F.cross_entropy(logits, batch.loss_labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
     def _packed_attention(self, batch: Batch) -> dict[str, Any]:
         # Flash attention takes the sample boundaries; sdpa and eager read them from position_ids.
@@ -76,3 +76,22 @@ class Llava(nn.Module):
             "max_length_q": batch.max_seqlen,
             "max_length_k": batch.max_seqlen,
         }
+
+
+@contextmanager
+def _head_on_rows(llm: Any, rows: torch.Tensor) -> Iterator[None]:
+    """Lets the LM head see only some rows of the flattened [B * S] hidden states, as [1, K, D].
+
+    transformers' ``logits_to_keep`` takes the same columns of every row, which in a padded batch are three times as
+    many. What a model does to its logits after the head (scaling, soft caps) still happens.
+    """
+
+    def keep_rows(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, *rest = args
+        return (hidden.flatten(0, 1)[rows][None], *rest)
+
+    handle = llm.get_output_embeddings().register_forward_pre_hook(keep_rows)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -98,8 +98,19 @@ def test_no_token_sees_another_sample(world, packing):
 
 
 def _all_logits(model, batch):
-    width = batch.input_ids.shape[1]
-    return model.logits(replace(batch, loss_columns=torch.arange(width)))
+    rows, columns = batch.input_ids.shape
+    return model.logits(replace(batch, loss_rows=torch.arange(rows * columns))).view(rows, columns, -1)
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_the_head_runs_on_supervised_positions_only(world, packing):
+    model = _model(world)
+    batch = _collate(_examples(world, model), packing)
+    seen = []
+    model.llm.lm_head.register_forward_hook(lambda _, args, out: seen.append((args[0].shape, out.shape)))
+    model(batch)
+    vocabulary = model.llm.config.vocab_size
+    assert seen == [((1, batch.num_supervised, 64), (1, batch.num_supervised, vocabulary))]
 
 
 def test_a_batch_without_images_gives_the_projector_a_gradient_of_zero(world):
