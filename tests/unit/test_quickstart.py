@@ -13,6 +13,7 @@ from llava_ds.quickstart.report import choose_examples
 from llava_ds.quickstart.scenes import PLACES, compose_scenes
 from llava_ds.quickstart.sources import open_styles
 from llava_ds.quickstart.tower import read_dino_weights, write_tower
+from llava_ds.quickstart.views import draw_views
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,8 @@ def test_the_tower_computes_what_dinov2_computes(tmp_path):
 def test_the_concepts():
     concepts = load_concepts()
     assert len(concepts) == len({concept.name for concept in concepts}) == 288
-    assert {concept.category for concept in concepts} == {"animal or plant", "food or drink"}
-    assert sum(concept.category == "animal or plant" for concept in concepts) == 153
+    assert {concept.category for concept in concepts} == {"nature", "food"}
+    assert sum(concept.category == "nature" for concept in concepts) == 153
 
 
 def test_two_styles_from_pip_alone(styles):
@@ -97,9 +98,32 @@ def test_records_are_llava_json_and_their_texts_hold_no_image():
     caption, chat = talk.caption_record(concept, "c", "x.png"), talk.picture_record(concept, "d", "x.png")
     assert [turn["from"] for turn in chat["conversations"]] == ["human", "gpt"] * 3
     assert all(str(record["conversations"]).count("<image>") == 1 for record in (caption, chat))
-    texts = talk.text_only([caption, chat])
-    assert len(texts) == 2
-    assert all("<image>" not in str(record) and "image" not in record for record in texts)
+    words = talk.concept_words(concept, "d")
+    text = talk.text_record(chat, words)
+    assert "<image>" not in str(text) and "image" not in text
+    assert text["conversations"][0]["value"].startswith(f"{words}\n")
+    assert text["conversations"][1:] == chat["conversations"][1:]
+
+
+def test_words_in_the_place_of_an_image_say_what_it_shows(styles):
+    concepts = load_concepts()
+    for concept in concepts:
+        words = talk.concept_words(concept, concept.name).split()
+        assert len(words) >= talk.NUM_DESCRIPTION_WORDS
+        assert set(words) == set(f"{concept.name} {concept.subcategory} {concept.category}".split())
+    assert talk.concept_words(concepts[0], "a") != talk.concept_words(concepts[0], "b")
+    for scene in compose_scenes(styles.available["twemoji"], concepts, 12, 84, seed=0):
+        phrases = talk.scene_words(scene).split(", ")
+        assert sorted(phrases) == sorted(f"{thing.place} {thing.concept.name}" for thing in scene.things)
+
+
+def test_views_are_different_pictures_of_one_size(styles):
+    picture = styles.available["twemoji"].draw(load_concepts()[5])
+    views = dict(draw_views(picture))
+    assert views[""] is picture
+    assert len(views) == 8
+    assert all(view.size == picture.size and view.mode == "RGB" for view in views.values())
+    assert len({view.tobytes() for view in views.values()}) == 8
 
 
 def test_examples_are_taken_from_every_kind():
