@@ -21,6 +21,7 @@ from llava_ds.models.projector import build_projector
 from llava_ds.models.vision_tower import TowerSpec, build_tower_from_spec
 
 MERGED_FILE = "llava_ds.json"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,18 @@ def find_checkpoint(path: Path) -> Path:
     if not (path / COMPLETE_MARKER).is_file():
         raise CheckpointError(f"{path} is not complete (no {COMPLETE_MARKER}); merge again")
     return path
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The precision that a run was trained in, or that a merged folder holds.
+
+    Raises CheckpointError when there is no complete checkpoint.
+    """
+    step = find_checkpoint(path)
+    if not (step / MERGED_FILE).is_file():
+        return _DTYPES[read_run(step)["config"]["train"]["precision"]]
+    with reading(step / "config.json") as file:
+        return getattr(torch, json.loads(file.read_text())["dtype"])
 
 
 def load_model(path: Path, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32) -> LoadedModel:

@@ -9,23 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPImageProcessor, LlavaProcessor
+from tokenizers import pre_tokenizers
+from transformers import LlavaImageProcessor, LlavaProcessor
 
 from llava_ds.checkpoint.keymap import choose_projector_export, to_llava_hf
 from llava_ds.checkpoint.layout import commit, write_safetensors_stream
-from llava_ds.checkpoint.load import MERGED_FILE, LoadedModel, load_model
+from llava_ds.checkpoint.load import MERGED_FILE, LoadedModel, load_model, stored_dtype
 from llava_ds.constants import IMAGE_PLACEHOLDER
 from llava_ds.errors import CheckpointError
 from llava_ds.models.llava import Llava
 from llava_ds.models.vision_tower import TowerSpec
+from llava_ds.text.encode import adds_leading_space
 from llava_ds.text.templates import Special, Template, get_template
 
 PAD_TOKEN = "<pad>"
+_FLATTEN = (  # a message's content is text, or a list of images and texts
+    "{% macro flatten(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% endmacro %}"
+)
 _ACTS = {"mlp": "gelu", "relu_pair": "relu", "identity": "linear"}
 
 
 def merge(source: Path, out: Path) -> str:
-    """Writes the merged folder of a run or step; returns how the projector was written.
+    """Writes the merged folder of a run or step, in the run's precision; returns how the projector was written.
 
     The folder appears whole or not at all. Its model has two more words than the run's LLM, ``<image>`` and
     ``<pad>``, as transformers needs them; their rows are never read, and never the likeliest next word.
@@ -34,7 +41,7 @@ def merge(source: Path, out: Path) -> str:
     """
     if out.exists():
         raise CheckpointError(f"{out} exists already; give another folder, or remove it first")
-    loaded = load_model(source)
+    loaded = load_model(source, dtype=stored_dtype(source))
     model, spec = loaded.model, loaded.model.vision_tower.spec
     width = model.llm.config.get_text_config().hidden_size
     kind = "linear" if hasattr(model.projector, "weight") else "mlp2x_gelu"
@@ -69,40 +76,56 @@ def merge(source: Path, out: Path) -> str:
     return export
 
 
-def chat_template(template: Template) -> str:
-    """A template record as the Jinja text that transformers renders; images stand where the messages have them."""
+def chat_template(template: Template, leading_space: bool) -> str:
+    """A template record as the Jinja text that transformers renders; images stand where the messages have them.
 
-    def literal(part: str | Special) -> str:
-        return "{{ " + f"{part.kind}_token" + " }}" if isinstance(part, Special) else "{{ " + json.dumps(part) + " }}"
-
+    ``leading_space`` is whether the tokenizer begins a text with a space (see ``adds_leading_space``). Beside special
+    tokens it does not, so the space is written out: after the first ``bos`` and after an image, as ``encode`` has it.
+    """
+    space = " " if leading_space else ""
     before, after = template.user.split("{}")
     lead, tail = template.answer.split("{}")
-    content = (
-        "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
-    )
-    between = "".join(literal(part) for part in template.between)
-    user = literal(before) + content + literal(after) + literal(template.assistant)
-    answer = literal(lead) + content + literal(tail) + literal(template.stop)
+    between = "".join(_literal(part) for part in template.between)
+    if template.drops_question:
+        begin, question, lead = "", "{{ '<image>' * (text.split('<image>') | length - 1) }}", space + lead
+    else:
+        begin = _literal(space)
+        question = (
+            "{% for chunk in text.split('<image>') %}{% if not loop.first %}{{ '<image>' }}"
+            "{% if chunk or loop.last %}" + _literal(space) + "{% endif %}{% endif %}{{ chunk }}{% endfor %}"
+        )
+    user = _literal(before) + question + _literal(after) + _literal(template.assistant)
+    answer = _literal(lead) + "{{ text }}" + _literal(tail) + _literal(template.stop)
+    refusal = f"the template {template.name} knows the roles user and assistant only, not "
     return (
-        "{{ bos_token }}"
-        + "".join(literal(part) for part in template.begin)
-        + "{% for m in messages %}{% if m['role'] == 'user' %}{% if not loop.first %}"
-        + between
-        + "{% endif %}"
+        _FLATTEN
+        + "{{ bos_token }}"
+        + begin
+        + "".join(_literal(part) for part in template.begin)
+        + "{% for m in messages %}{% set text = flatten(m['content']) %}{% if m['role'] == 'user' %}"
+        + ("{% if not loop.first %}" + between + "{% endif %}" if between else "")
         + user
-        + "{% else %}"
+        + "{% elif m['role'] == 'assistant' %}"
         + answer
-        + "{% endif %}{% endfor %}"
+        + "{% else %}{{ raise_exception(" + json.dumps(refusal) + " ~ m['role']) }}{% endif %}{% endfor %}"
     )
+
+
+def _literal(part: str | Special) -> str:
+    if isinstance(part, Special):
+        return "{{ " + f"{part.kind}_token" + " }}"
+    return "{{ " + json.dumps(part) + " }}" if part else ""
 
 
 def _save_processor(out: Path, loaded: LoadedModel, spec: TowerSpec) -> int:
     """Writes tokenizer, image processor and chat template; returns the number of words."""
     tokenizer = loaded.tokenizer
+    leading_space = adds_leading_space(tokenizer)
+    _add_space_once(tokenizer)
     tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    images = CLIPImageProcessor(
+    images = LlavaImageProcessor(
+        do_pad=loaded.image_aspect_ratio == "pad",
         size={"shortest_edge": spec.image_size},
         crop_size={"height": spec.image_size, "width": spec.image_size},
         image_mean=list(spec.image_mean),
@@ -116,9 +139,20 @@ def _save_processor(out: Path, loaded: LoadedModel, spec: TowerSpec) -> int:
         vision_feature_select_strategy="default",
         image_token=IMAGE_PLACEHOLDER,
         num_additional_image_tokens=1,
-        chat_template=chat_template(get_template(loaded.template)),
+        chat_template=chat_template(get_template(loaded.template), leading_space),
     ).save_pretrained(out)
     return len(tokenizer)
+
+
+def _add_space_once(tokenizer: Any) -> None:
+    """Where a normalizer puts the leading space before every run of text, puts it before the whole text only.
+
+    After a special token within the text there was none in training (see ``encode``).
+    """
+    core = tokenizer.backend_tokenizer
+    if core.normalizer is not None and core.normalizer.normalize_str("\ufb01  a ") == "▁\ufb01▁▁a▁":
+        core.normalizer = None
+        core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
 
 
 def _grow_vocabulary(model: Llava, num_words: int) -> None:

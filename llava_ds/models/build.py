@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import cached_file, is_flash_attn_2_available
 
 from llava_ds.config import ModelConfig
 from llava_ds.errors import BackendUnavailableError, ConfigError
 from llava_ds.models.llava import Llava
 from llava_ds.models.projector import build_projector
 from llava_ds.models.vision_tower import build_tower
+from llava_ds.text.sentencepiece_tokenizer import is_llama_like, load_published_tokenizer
 
 
 @dataclass(frozen=True)
@@ -24,23 +26,31 @@ class Backend:
     reason: str
 
 
-def resolve_attention(asked: str, device: torch.device) -> Backend:
+def resolve_attention(asked: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Backend:
     """The attention implementation: what was asked for, or for ``auto`` the best that works here.
 
     Raises BackendUnavailableError when flash attention is asked for by name and cannot run.
     """
-    usable = device.type == "cuda" and is_flash_attn_2_available()
-    why_not = "no CUDA device" if device.type != "cuda" else "the package flash-attn is not installed"
+    why_not = _why_no_flash_attention(device, dtype)
     if asked == "auto":
-        if usable:
+        if why_not is None:
             return Backend("flash_attention_2", "flash-attn is installed and the device is CUDA")
         return Backend("sdpa", f"flash attention is not usable: {why_not}")
-    if asked == "flash_attention_2" and not usable:
+    if asked == "flash_attention_2" and why_not is not None:
         raise BackendUnavailableError(
             f"model.attn_implementation=flash_attention_2 cannot run: {why_not}.\n"
-            "  Install the extra llava_ds[flash] on a CUDA machine, or use auto or sdpa."
+            "  Install the extra llava_ds[flash] on a CUDA machine and train in bf16 or fp16 (train.precision), "
+            "or use auto or sdpa."
         )
     return Backend(asked, "asked for by name")
+
+
+def _why_no_flash_attention(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return "no CUDA device"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in fp16 and bf16 only, and the model is in {str(dtype).removeprefix('torch.')}"
+    return None if is_flash_attn_2_available() else "the package flash-attn is not installed"
 
 
 def resolve_packing(asked: str, attention: Backend) -> Backend:
@@ -57,14 +67,35 @@ def resolve_packing(asked: str, attention: Backend) -> Backend:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of an LLM folder or name. Raises ConfigError when there is none."""
+    """The tokenizer of an LLM folder or name. Raises ConfigError when there is none.
+
+    Where a model was published with ``tokenizer.model`` only (as Vicuna was), transformers gives other ids than its
+    LLM was trained with: there the tokenizer is ours.
+    """
     try:
+        model_file = _find_file(name, "tokenizer.model")
+        if model_file and not _find_file(name, "tokenizer.json") and is_llama_like(model_file):
+            return load_published_tokenizer(lambda file: _find_file(name, file))
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.llm={name!r}: no tokenizer can be loaded: {error}\n"
             "  Give a transformers folder, or a name that is downloaded already or can be."
         ) from error
+
+
+def _find_file(name: str, file: str) -> Path | None:
+    """A file of an LLM folder or hub name, or None where it has none or the hub cannot be reached."""
+    if Path(name).is_dir():
+        return Path(name) / file if (Path(name) / file).is_file() else None
+    found = cached_file(
+        name,
+        file,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
 
 
 def build_llm(config: ModelConfig, attn_implementation: str, dtype: torch.dtype, seed: int) -> Any:
@@ -85,6 +116,11 @@ def build_llm(config: ModelConfig, attn_implementation: str, dtype: torch.dtype,
     except OSError as error:
         raise ConfigError(
             f"model.llm={config.llm!r} cannot be loaded: {error}\n  Give a transformers folder or name."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"model.llm={config.llm!r} cannot be built with {attn_implementation} attention: {error}\n"
+            "  Where the architecture lacks that attention, set model.attn_implementation=eager; else give another LLM."
         ) from error
 
 

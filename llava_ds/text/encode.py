@@ -44,7 +44,8 @@ def encode_sample(
     if len(ids) > max_length:
         raise DataError(
             f"{sample.where()}: longer than data.max_length: {len(ids)} tokens (images counted), the limit is "
-            f"{max_length}.\n  Raise the limit, shorten the record, or set data.on_bad_sample=skip."
+            f"{max_length}.\n  Raise the limit, shorten the record, or set data.on_bad_sample=skip.",
+            reason="longer than data.max_length",
         )
     return EncodedSample(sample.id, sample.images, tuple(ids), tuple(labels))
 
@@ -132,7 +133,7 @@ def _tokenize_run(
 ) -> tuple[list[int], list[bool]]:
     """Ids of the joined texts, and for each whether it lies in a supervised one."""
     lead = ""
-    if _adds_leading_space(tokenizer):
+    if adds_leading_space(tokenizer):
         # The leading space is written out behind an anchor, because the fast tokenizer drops it before a text
         # that begins with a space itself, and adds it where a text goes on after a special token.
         lead = _ANCHOR + (" " if starts_chunk else "")
@@ -160,7 +161,8 @@ def _supervised_spans(run: Sequence[tuple[str, bool]], position: int) -> list[tu
     return spans
 
 
-def _adds_leading_space(tokenizer: Any) -> bool:
+def adds_leading_space(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins a text with a space of its own, as SentencePiece models do."""
     known = getattr(tokenizer, "_llava_ds_adds_leading_space", None)
     if known is None:
         if not tokenizer.is_fast:
@@ -182,12 +184,16 @@ def _special_id(tokenizer: Any, special: Special) -> int | None:
 def _check_images(sample: Sample) -> None:
     num_placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in sample.turns if turn.role == "user")
     if any(IMAGE_PLACEHOLDER in turn.text for turn in sample.turns if turn.role == "assistant"):
-        raise DataError(f"{sample.where()}: '{IMAGE_PLACEHOLDER}' in an assistant's turn; it belongs into a question")
+        raise DataError(
+            f"{sample.where()}: '{IMAGE_PLACEHOLDER}' in an assistant's turn; it belongs into a question",
+            reason=f"'{IMAGE_PLACEHOLDER}' in an assistant's turn",
+        )
     if num_placeholders != len(sample.images):
         raise DataError(
             f"{sample.where()}: {num_placeholders} '{IMAGE_PLACEHOLDER}' placeholders but {len(sample.images)} "
             "image paths.\n  Each placeholder needs one entry in 'image'; fix the record, or skip such records with "
-            "data.on_bad_sample=skip."
+            "data.on_bad_sample=skip.",
+            reason=f"'{IMAGE_PLACEHOLDER}' placeholders do not match the images",
         )
 
 
@@ -195,11 +201,15 @@ def _check_turns(sample: Sample, template: Template) -> None:
     roles = [turn.role for turn in sample.turns]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise DataError(
-            f"{sample.where()}: turns must alternate human, gpt, ... and end with gpt; got {roles or 'none'}"
+            f"{sample.where()}: turns must alternate human, gpt, ... and end with gpt; got {roles or 'none'}",
+            reason="turns do not alternate human, gpt",
         )
     if not all(turn.text.strip() for turn in sample.turns if turn.role == "assistant"):
-        raise DataError(f"{sample.where()}: an empty answer; there is nothing to learn from it")
+        raise DataError(
+            f"{sample.where()}: an empty answer; there is nothing to learn from it", reason="an empty answer"
+        )
     if template.drops_question and len(roles) != 2:
         raise DataError(
-            f"{sample.where()}: template {template.name!r} takes one question and one answer, got {len(roles)} turns"
+            f"{sample.where()}: template {template.name!r} takes one question and one answer, got {len(roles)} turns",
+            reason=f"more than one round, template {template.name!r} takes one",
         )

@@ -1,17 +1,21 @@
 """Ids and labels equal those of the official code, id for id and label for label."""
 
+import io
 import json
+import shutil
 from importlib import util
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from llava_ds.constants import IGNORE_INDEX
-from llava_ds.errors import DataError
+from llava_ds.errors import ConfigError, DataError
+from llava_ds.models.build import load_tokenizer
 from llava_ds.schema import Sample, Turn
 from llava_ds.text.encode import encode_prompt, encode_sample
 from llava_ds.text.placement import apply_placement
-from llava_ds.text.sentencepiece_tokenizer import build_sentencepiece_tokenizer
+from llava_ds.text.sentencepiece_tokenizer import is_llama_like
 from llava_ds.text.templates import get_template
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -33,11 +37,39 @@ REFUSED = {
 TYPED_SPECIALS = {"eos_in_question", "eos_in_answer", "unk_in_text"}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+# The files that Vicuna 1.5 was published with, besides its tokenizer.model.
+VICUNA_CONFIG = {
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": False},
+    "eos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": False, "normalized": False},
+    "legacy": False,
+    "model_max_length": 4096,
+    "pad_token": None,
+    "tokenizer_class": "LlamaTokenizer",
+    "unk_token": {"__type": "AddedToken", "content": "<unk>", "lstrip": False, "normalized": False},
+}
+VICUNA_SPECIAL = {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}, "pad_token": "<unk>"}
+
+
+def _write_vicuna(folder: Path, **files: object) -> Path:
     package = util.find_spec("mistral_common")
     assert package and package.submodule_search_locations, "mistral-common (extra dev) holds the test tokenizer"
-    return build_sentencepiece_tokenizer(Path(package.submodule_search_locations[0]) / "data" / "tokenizer.model.v1")
+    folder.mkdir()
+    shutil.copyfile(
+        Path(package.submodule_search_locations[0]) / "data" / "tokenizer.model.v1", folder / "tokenizer.model"
+    )
+    files = {"tokenizer_config": VICUNA_CONFIG, "special_tokens_map": VICUNA_SPECIAL, **files}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """As train.py loads it."""
+    return load_tokenizer(str(_write_vicuna(tmp_path_factory.mktemp("golden") / "vicuna")))
 
 
 def _sample(case_id: str) -> Sample:
@@ -98,3 +130,46 @@ def test_too_long_names_both_lengths(tokenizer):
     sample = Sample("long", (), (Turn("user", "a " * 50), Turn("assistant", "b")), "train.json[3]")
     with pytest.raises(DataError, match=r"train.json\[3\] id='long': longer than data.max_length: \d+ tokens.* 16"):
         encode_sample(sample, tokenizer, get_template("v1"), num_patches=1, max_length=16)
+
+
+def test_what_a_published_folder_states_is_kept(tmp_path):
+    config = VICUNA_CONFIG | {"chat_template": "{{ messages }}"}
+    tokenizer = load_tokenizer(str(_write_vicuna(tmp_path / "a", tokenizer_config=config,
+                                                 added_tokens={"[END]": 32001, "[PAD]": 32000})))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token) == (1, 2, "<unk>")
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("right", 4096)
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert (len(tokenizer), tokenizer.convert_tokens_to_ids("[PAD]")) == (32002, 32000)
+    assert tokenizer("a [PAD]b").input_ids[-2] == 32000
+    padded = load_tokenizer(str(_write_vicuna(
+        tmp_path / "b", special_tokens_map={"pad_token": "[PAD]"},
+        tokenizer_config=VICUNA_CONFIG | {"added_tokens_decoder": {"2": {"content": "</s>"},
+                                                                   "32000": {"content": "[PAD]"}}})))
+    assert (padded.pad_token_id, len(padded)) == (32000, 32001)
+
+
+def test_added_tokens_that_leave_a_gap_are_refused(tmp_path):
+    folder = _write_vicuna(tmp_path / "gap", added_tokens={"[PAD]": 32007})
+    with pytest.raises(ConfigError, match=r"gap: the added token '\[PAD\]' shall have id 32007 but gets 32000"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"model_type": "unigram"}, False),
+        ({"model_type": "bpe", "normalization_rule_name": "nmt_nfkc"}, False),
+        ({"model_type": "bpe", "add_dummy_prefix": False}, False),
+        ({"model_type": "bpe"}, True),
+    ],
+)
+def test_only_models_like_llamas_are_built_here(tmp_path, settings, expected):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        **{"normalization_rule_name": "identity", "remove_extra_whitespaces": False} | settings,
+        sentence_iterator=iter(["a red fox ran", "what is this?", "hello world"] * 5), model_writer=model,
+        vocab_size=60, hard_vocab_limit=False, num_threads=1, minloglevel=2,
+    )
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(model.getvalue())
+    assert is_llama_like(file) == expected
