@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,10 +19,11 @@ from llava_ds.errors import ConfigError
 
 RECIPE_FOLDER = Path(str(resources.files("llava_ds") / "recipes"))
 PREPARED = "{prepared}"
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelConfig(_Strict):
@@ -31,7 +32,7 @@ class ModelConfig(_Strict):
     vision_tower: str
     """Name of an open_clip model, or a folder with ``tower_config.json``."""
     vision_pretrained: str | None = None
-    """open_clip's tag or file of the tower's weights; None for a folder."""
+    """open_clip's tag or file of the tower's weights, which an open_clip name needs; None for a folder."""
     llm: str
     """Name or folder of a transformers causal LM."""
     llm_init: Literal["pretrained", "random"] = "pretrained"
@@ -74,11 +75,12 @@ class TrainConfig(_Strict):
     global_batch_size: int = Field(ge=1)
     """Samples of one optimizer step, over all ranks and accumulation steps."""
     micro_batch_size: int = Field(ge=1)
-    """Samples of one forward pass of one rank."""
+    """Samples of one forward pass of one rank. Where that is more than a rank's share of global_batch_size, the share
+    is taken instead: one recipe fits few ranks and many (see ``resolve_micro_batch``)."""
     learning_rate: float = Field(gt=0)
     projector_learning_rate: float | None = Field(None, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     adam_eps: float = Field(1e-8, gt=0)
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
@@ -93,12 +95,13 @@ class TrainConfig(_Strict):
 class RunConfig(_Strict):
     """One run, as a recipe file states it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
+    """Also names the default run folder, so it cannot be ``.`` or ``..``."""
     seed: int = Field(0, ge=0)
     prepare: Literal["quickstart"] | None = None
     """Data and models that are built first; ``{prepared}`` in a string stands for their folder."""
     next_command: str | None = None
-    """Printed at the end of the run; ``{run_dir}`` stands for its folder."""
+    """Printed at the end of the run; ``{run_dir}`` stands for its folder, quoted for the shell."""
     track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     """Where the numbers go besides the terminal and metrics.jsonl (the extra llava_ds[track])."""
     model: ModelConfig
@@ -154,7 +157,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> RunConfig:
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds. Raises ConfigError with the file and the place."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}\n  Fix the file at the place shown.") from error
     except UnicodeDecodeError as error:
@@ -186,31 +189,57 @@ def resolve_prepared(config: RunConfig, prepared: Path) -> RunConfig:
     return RunConfig.model_validate(substitute(config.model_dump()))
 
 
+def resolve_micro_batch(train: TrainConfig, world_size: int) -> TrainConfig:
+    """The settings with the micro-batch that a rank takes: the recipe's, or its share of a step where that is less.
+
+    Raises ConfigError when the ranks do not divide the global batch.
+    """
+    total, micro = train.global_batch_size, train.micro_batch_size
+    if total % (micro * world_size) == 0:
+        return train
+    share, rest = divmod(total, world_size)
+    if rest == 0 and share < micro:
+        return train.model_copy(update={"micro_batch_size": share})
+    fitting = [n for n in range(1, share + 1) if rest == 0 and share % n == 0]
+    advice = f"set train.micro_batch_size to one of {fitting}" if fitting else (
+        f"start a number of ranks that divides {total}, or change train.global_batch_size"
+    )
+    raise ConfigError(
+        f"train.global_batch_size={total} is not a multiple of train.micro_batch_size={micro} times "
+        f"{world_size} rank(s).\n  To fix it, {advice}."
+    )
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override!r} is not of the form key.path=value; e.g. --set train.max_steps=10")
     *parents, last = key.split(".")
     node = raw
-    for parent in parents:
+    for depth, parent in enumerate(parents):
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {key}: {parent!r} holds a value, not a group; see --help for the keys")
+            known = ", ".join(_known_keys(parents[:depth]))
+            raise ConfigError(f"--set {key}: {parent!r} holds a value, not a group; known keys: {known}")
     try:
-        value = yaml.safe_load(text)
+        # YAML 1.1 reads 1e-3 (no dot) as text; pydantic makes it the number where a number belongs.
+        node[last] = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: {text!r} is not a YAML value: {error}") from error
-    # YAML 1.1 reads 1e-3 (no dot) as text; a recipe's author means the number.
-    node[last] = _number_or(value)
 
 
-def _number_or(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping; YAML itself keeps the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    "while reading a mapping", node.start_mark, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _describe(problem: Any) -> str:

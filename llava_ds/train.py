@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from llava_ds.config import RunConfig, load_recipe, resolve_prepared
+from llava_ds.config import RunConfig, load_recipe, resolve_micro_batch, resolve_prepared
 from llava_ds.distributed import Ranks, apply_launcher_environment, flush_and_exit, run_on_main_first
 from llava_ds.errors import BackendUnavailableError, CheckpointError, ConfigError, DataError
 
@@ -30,14 +30,16 @@ def main(ds_json: Path, recipe: str, overrides: tuple[str, ...], run_dir: Path |
     """Trains one recipe: builds data, model and engine, runs the loop, writes the checkpoint."""
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    code = 1
+    code, ranks = 1, None
     try:
         ranks = apply_launcher_environment(os.environ)
         config = load_recipe(recipe, overrides)
         run(config, ds_json, run_dir or Path("runs") / config.name, ranks)
         code = 0
     except (ConfigError, DataError, CheckpointError, BackendUnavailableError) as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        # Settings are the same on every rank: one of each machine says what is wrong with them.
+        if ranks is None or ranks.local_rank == 0 or not isinstance(error, ConfigError):
+            print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
     except Exception:
         # The process ends below without Python's own report.
         traceback.print_exc()
@@ -50,10 +52,10 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     from llava_ds.data.build import build_training_data
     from llava_ds.data.images import ImageTransform
     from llava_ds.engine import deepspeed_backend as backend
-    from llava_ds.engine.ds_config import read_ds_config, resolve_ds_config
+    from llava_ds.engine.ds_config import fill_bucket_sizes, read_ds_config, resolve_ds_config
     from llava_ds.engine.loop import LoopSettings, train
     from llava_ds.engine.optim import build_optimizer, build_scheduler
-    from llava_ds.engine.run_record import finish_run, start_run
+    from llava_ds.engine.run_record import check_inputs, check_run_dir, finish_run, start_run
     from llava_ds.engine.saving import save_step
     from llava_ds.engine.setup import DTYPES, build_trackers, load_initial_weights, select_device
     from llava_ds.metrics.trackers import check_trackers
@@ -61,22 +63,23 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     from llava_ds.models.freezing import apply_freezing
 
     started = time.time()
-    raw_ds_config = read_ds_config(ds_json)
+    config = config.model_copy(update={"train": resolve_micro_batch(config.train, ranks.world_size)})
+    ds_config = resolve_ds_config(read_ds_config(ds_json), config.train, ranks.world_size, str(ds_json))
+    check_run_dir(run_dir, ranks)
     check_trackers(config.track)
     device = select_device(ranks)
     backend.init_distributed(device)
     if config.prepare:
         config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, ranks)))
-    attention = resolve_attention(config.model.attn_implementation, device)
+    check_inputs(config)
+    attention = resolve_attention(config.model.attn_implementation, device, DTYPES[config.train.precision])
     packing = resolve_packing(config.data.packing, attention)
-    ds_config = resolve_ds_config(
-        raw_ds_config, config.train, ranks.world_size, llm_hidden_size(config.model.llm), str(ds_json)
-    )
+    fill_bucket_sizes(ds_config, llm_hidden_size(config.model.llm))
 
     partitioned = backend.hold_partitioned_construction(ds_config)  # alive until the run ends
     tokenizer = load_tokenizer(config.model.llm)
     model = build_model(config.model, attention.name, DTYPES[config.train.precision], config.seed)
-    load_initial_weights(model, config.model.init_from, ranks)
+    initial_weights = load_initial_weights(model, config.model.init_from, run_dir, ranks)
     apply_freezing(model, config.train.trainable)
     model.vision_tower.to(device)
 
@@ -94,7 +97,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     scheduler = build_scheduler(optimizer, config.train, data.num_steps)
     engine = backend.initialize_engine(model, optimizer, scheduler, ds_config)
 
-    start_run(run_dir, config, ds_config, model, attention, packing, data, ranks)
+    lock = start_run(run_dir, config, ds_config, model, attention, packing, initial_weights, data, ranks)
     settings = LoopSettings(
         ranks.world_size, data.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps, device
     )
@@ -102,7 +105,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     trackers = build_trackers(run_dir, data.num_steps, config, ranks)
     progress = train(engine, data.loader, data.plans(), data.supervised_tokens, settings, trackers, save)
     finish_run(run_dir, config, progress, time.time() - started, ranks)
-    del partitioned
+    del partitioned, lock
 
 
 def _prepare(ranks: Ranks) -> Path:

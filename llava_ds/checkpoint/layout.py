@@ -53,11 +53,22 @@ def resolve_step(path: Path) -> Path:
 
 
 def commit(folder: Path) -> None:
-    """Marks a folder complete, after its files are on disk."""
+    """Marks a folder complete, after its files are on disk; on return the mark is on disk, too."""
     for file in folder.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    (folder / COMPLETE_MARKER).write_text("")
+        sync_to_disk(file)
+    marker = folder / COMPLETE_MARKER
+    marker.write_text("")
+    for path in (marker, folder, folder.parent):
+        sync_to_disk(path)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Returns when a file, or the list of names in a folder, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,23 +23,46 @@ def read_run(step: Path) -> dict[str, Any]:
 
 
 def locate_trained(path: Path) -> dict[str, Path]:
-    """The file that holds each trained weight: of ``path``, then of the run that it was started from, and so on.
+    """The file that holds each trained weight: of ``path``, and what it left as the run that it started from had it.
 
-    A run that trained only a part (stage 1: the projector) leaves the rest to the runs before it.
+    A run that trained only a part (stage 1: the projector) needs the files that its run.json names for the rest.
+
+    Raises CheckpointError when one of them is missing, or is not the file that the run started from.
     """
-    located: dict[str, Path] = {}
-    source: str | None = str(path)
-    visited: set[Path] = set()
-    while source is not None:
-        step = resolve_step(Path(source))
-        if step.resolve() in visited:
-            raise CheckpointError(f"{step}: its model.init_from leads back to itself; start from another folder")
-        visited.add(step.resolve())
-        with reading(step / "trainable.safetensors") as file, safe_open(file, "pt") as weights:
-            for name in weights.keys():
-                located.setdefault(name, file)
-        source = read_run(step)["config"]["model"]["init_from"]
-    return located
+    step = resolve_step(path)
+    own = step / "trainable.safetensors"
+    with reading(own), safe_open(own, "pt") as weights:
+        located = dict.fromkeys(weights.keys(), own)
+    initial = read_run(step)["initial_weights"]
+    inherited = {name: Path(file) for name, file in initial["weights"].items() if name not in located}
+    for file in sorted(set(inherited.values())):
+        _check_unchanged(file, initial["sha256"][str(file)], step)
+    return located | inherited
+
+
+def describe_initial_weights(located: dict[str, Path]) -> dict[str, Any]:
+    """What run.json keeps of the weights that a run starts from: ``weights`` (file by name) and ``sha256`` by file."""
+    files = {name: str(file.resolve()) for name, file in located.items()}
+    return {"weights": files, "sha256": {file: _sha256(Path(file)) for file in sorted(set(files.values()))}}
+
+
+def _check_unchanged(file: Path, expected: str, step: Path) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{step} needs the weights that it started from, but {file} is gone; put it back")
+    found = _sha256(file)
+    if found != expected:
+        raise CheckpointError(
+            f"{step} started from other weights than {file} holds now: sha256 {expected[:16]} expected, {found[:16]} "
+            "found.\n  Did a later run take its folder? The earlier one then stands beside it, with a number."
+        )
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with reading(file), file.open("rb") as handle:
+        while block := handle.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def apply_trained(

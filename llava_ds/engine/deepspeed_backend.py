@@ -10,10 +10,38 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from llava_ds.engine.ds_config import zero_stage
+
+def check_ds_config(ds_config: dict[str, Any]) -> list[str]:
+    """What DeepSpeed's own reader says against a config, as ``key: reason``; needs no process group.
+
+    ZeRO's settings are read first, all at once: of the other groups it names the first wrong one only.
+    """
+    # Outside a process group DeepSpeed takes one rank for granted, whose batch is the micro-batch.
+    alone = {"train_batch_size": ds_config["train_micro_batch_size_per_gpu"], "gradient_accumulation_steps": 1}
+    try:
+        prefix = "zero_optimization."
+        DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+        prefix = ""
+        deepspeed.DeepSpeedConfig({**ds_config, **alone})
+    except ValidationError as error:
+        group = prefix or f"{error.title}: "
+        return [
+            f"{group}{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r}"
+            for problem in error.errors()
+        ]
+    except Exception as error:  # its reader raises whatever a wrong value leads to
+        return [f"{prefix or 'DeepSpeed'}: {type(error).__name__}: {error}"]
+    return []
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """The ZeRO stage of a config."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def init_distributed(device: torch.device, timeout_s: float = 1800) -> None:
@@ -39,6 +67,9 @@ def initialize_engine(
 ) -> Any:
     """A DeepSpeed engine around the model."""
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    if zero_stage(ds_config) == 0:
+        # DeepSpeed's 16-bit optimizer took a step on zero gradients, which Adam would count as one.
+        optimizer.state.clear()
     return engine
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ds.config import TrainConfig
+from llava_ds.engine.deepspeed_backend import check_ds_config
 from llava_ds.errors import ConfigError
 
 KNOWN_KEYS = (
@@ -20,40 +21,55 @@ KNOWN_KEYS = (
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type steps_per_print "
     "wall_clock_breakdown memory_breakdown dump_state flops_profiler activation_checkpointing comms_logger "
     "tensorboard wandb csv_monitor aio checkpoint data_types compile torch_autocast "
-    "seq_parallel_communication_data_type graph_harvesting tensor_parallel zero_quantized_weights"
+    "seq_parallel_communication_data_type graph_harvesting tensor_parallel"
+).split()
+GROUPS = (
+    "fp16 bf16 zero_optimization flops_profiler activation_checkpointing comms_logger tensorboard wandb csv_monitor "
+    "aio checkpoint data_types compile torch_autocast tensor_parallel"
 ).split()
 OWNED_BY_RECIPE = ("optimizer", "scheduler")
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """The JSON as it stands. Raises ConfigError for a missing or broken file and for unknown keys."""
+    """The JSON as it stands. Raises ConfigError for a missing or broken file and for a key that stands twice."""
+    twice: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice.extend(key for key in dict.fromkeys(keys) if keys.count(key) > 1)
+        return dict(pairs)
+
     if not path.is_file():
         raise ConfigError(f"--deepspeed {path}: no such file.\n  See ds_configs/ for zero0 to zero3.")
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=collect)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}\n  Give a DeepSpeed JSON, e.g. of ds_configs/.") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds a {type(raw).__name__}, not an object")
+    if twice:
+        raise ConfigError(f"{path}: {', '.join(map(repr, twice))}: stands twice in one object; keep one of each")
     return raw
 
 
-def resolve_ds_config(
-    raw: dict[str, Any], train: TrainConfig, world_size: int, llm_width: int, where: str
-) -> dict[str, Any]:
-    """A config without any ``"auto"`` for DeepSpeed.
+def resolve_ds_config(raw: dict[str, Any], train: TrainConfig, world_size: int, where: str) -> dict[str, Any]:
+    """A config for DeepSpeed, checked and without any ``"auto"`` but those of ``fill_bucket_sizes``.
 
     Args:
         raw: the JSON as read.
-        train: batch sizes, clipping and precision, which the recipe owns.
+        train: batch sizes (see ``resolve_micro_batch``), clipping and precision, which the recipe owns.
         world_size: number of ranks.
-        llm_width: D, from which the ZeRO-3 bucket sizes follow, as in transformers' integration.
         where: the JSON's path, for messages.
 
     Raises:
-        ConfigError: lists every unknown key and every disagreement between the JSON and the recipe.
+        ConfigError: lists every unknown key, every disagreement with the recipe and what DeepSpeed refuses.
     """
-    problems = _unknown_keys(raw) + _batch_problems(train, world_size)
+    problems = _unknown_keys(raw)
+    no_groups = [key for key in GROUPS if not isinstance(raw.get(key, {}), dict)]
+    if no_groups:  # nothing below can look into them
+        raise _refusal(where, problems + [f"{key}: must be an object, got {raw[key]!r}" for key in no_groups])
     resolved = json.loads(json.dumps(raw))
     accumulation = train.global_batch_size // (train.micro_batch_size * world_size)
     values: list[tuple[tuple[str, ...], Any, str]] = [
@@ -68,23 +84,16 @@ def resolve_ds_config(
         problem = _settle(resolved, path, value, source)
         if problem:
             problems.append(problem)
-    sizes = {
-        "reduce_bucket_size": llm_width * llm_width,
-        "stage3_prefetch_bucket_size": int(0.9 * llm_width * llm_width),
-        "stage3_param_persistence_threshold": 10 * llm_width,
-    }
-    zero = resolved.setdefault("zero_optimization", {})
-    if isinstance(zero, dict):
-        for key, value in sizes.items():
-            if zero.get(key) == "auto":
-                zero[key] = value
-    problems += [f"{key}: still \"auto\", which nothing resolves; give a value" for key in _autos(resolved)]
+    resolved.setdefault("zero_optimization", {})
+    filled_later = [f"zero_optimization.{key}" for key in _bucket_sizes(0)]
+    problems += [
+        f"{key}: still \"auto\", which nothing resolves; give a value"
+        for key in _autos(resolved)
+        if key not in filled_later
+    ]
+    problems += check_ds_config({key: value for key, value in resolved.items() if key in KNOWN_KEYS})
     if problems:
-        raise ConfigError(
-            f"{where} does not fit the recipe, {len(problems)} problem(s):\n"
-            + "\n".join(f"  {problem}" for problem in problems)
-            + '\n  Write "auto" in the JSON where the recipe decides.'
-        )
+        raise _refusal(where, problems)
     # Our optimizer is torch's AdamW: no operator is compiled, and offload works with it too.
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     resolved.setdefault("zero_allow_untested_optimizer", True)
@@ -92,9 +101,26 @@ def resolve_ds_config(
     return resolved
 
 
-def zero_stage(resolved: dict[str, Any]) -> int:
-    """The ZeRO stage of a config."""
-    return int(resolved.get("zero_optimization", {}).get("stage", 0))
+def fill_bucket_sizes(ds_config: dict[str, Any], llm_width: int) -> None:
+    """Fills ZeRO's ``"auto"`` sizes from D, as transformers' integration does."""
+    zero = ds_config["zero_optimization"]
+    zero.update({key: size for key, size in _bucket_sizes(llm_width).items() if zero.get(key) == "auto"})
+
+
+def _bucket_sizes(llm_width: int) -> dict[str, int]:
+    return {
+        "reduce_bucket_size": llm_width * llm_width,
+        "stage3_prefetch_bucket_size": int(0.9 * llm_width * llm_width),
+        "stage3_param_persistence_threshold": 10 * llm_width,
+    }
+
+
+def _refusal(where: str, problems: list[str]) -> ConfigError:
+    return ConfigError(
+        f"{where} does not fit, {len(problems)} problem(s):\n"
+        + "\n".join(f"  {problem}" for problem in problems)
+        + '\n  Write "auto" in the JSON where the recipe decides.'
+    )
 
 
 def _unknown_keys(raw: dict[str, Any]) -> list[str]:
@@ -108,25 +134,12 @@ def _unknown_keys(raw: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _batch_problems(train: TrainConfig, world_size: int) -> list[str]:
-    if train.global_batch_size % (train.micro_batch_size * world_size) == 0:
-        return []
-    share = train.global_batch_size // world_size
-    fitting = [n for n in range(1, share + 1) if train.global_batch_size % (n * world_size) == 0]
-    return [
-        f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
-        f"{train.micro_batch_size} times {world_size} rank(s); micro batch sizes that fit: {fitting or 'none'}"
-    ]
-
-
 def _settle(resolved: dict[str, Any], path: tuple[str, ...], value: Any, source: str) -> str | None:
     """Writes the recipe's value; returns the disagreement, if there is one."""
     *parents, last = path
     node = resolved
     for parent in parents:
         node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            return f"{parent}: must be an object, got {node!r}"
     given = node.get(last, "auto")
     node[last] = value
     if given == "auto" or given == value:

@@ -2,23 +2,87 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import platform
+import shlex
+from collections.abc import Mapping
 from importlib import metadata
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from llava_ds.checkpoint.trained import describe_initial_weights
 from llava_ds.config import RunConfig
 from llava_ds.data.build import TrainingData
 from llava_ds.distributed import Ranks
 from llava_ds.engine.loop import Progress
+from llava_ds.errors import ConfigError, DataError
 from llava_ds.metrics.plots import plot_loss
 from llava_ds.metrics.trackers import read_metrics
 from llava_ds.models.build import Backend
 from llava_ds.models.llava import Llava
+from llava_ds.models.vision_tower import check_tower
+from llava_ds.text.templates import get_template
 
+LOCK_FILE = "lock"
 _PACKAGES = ("llava_ds", "torch", "deepspeed", "transformers", "open_clip_torch", "numpy")
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Looks for what the recipe names before anything is built from it.
+
+    Raises DataError for missing files (which one machine may lack) or else ConfigError, with every problem at once.
+    """
+    settings, files = [], []
+    try:
+        get_template(config.data.template)
+    except ConfigError as error:
+        settings.append(str(error))
+    try:
+        check_tower(config.model.vision_tower, config.model.vision_pretrained)
+    except ConfigError as error:
+        settings.append(str(error))
+    if not Path(config.data.path).is_file():
+        files.append(f"data.path={config.data.path}: no such file; give a LLaVA JSON file")
+    if config.data.image_root is not None and not Path(config.data.image_root).is_dir():
+        files.append(f"data.image_root={config.data.image_root}: no such folder, so all image file(s) are missing")
+    problems = "\n".join(settings + files)
+    if files:
+        raise DataError(problems)
+    if settings:
+        raise ConfigError(problems)
+
+
+def check_run_dir(run_dir: Path, ranks: Ranks) -> None:
+    """Raises ConfigError on rank 0 when no run can be written there, or one is being written; writes nothing."""
+    if not ranks.is_main:
+        return
+    if run_dir.name in ("", "..") or Path.cwd().is_relative_to(run_dir.resolve()):
+        raise ConfigError(f"--run-dir {run_dir} holds the working folder {Path.cwd()}; name a folder of its own")
+    nearest = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"--run-dir {run_dir}: {nearest} is a file, not a folder; choose another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--run-dir {run_dir}: {nearest} is not writable; choose another")
+    if (run_dir / LOCK_FILE).is_file():
+        _hold(run_dir, fcntl.LOCK_SH).close()
+
+
+def _hold(run_dir: Path, kind: int) -> IO[str]:
+    """The lock file of a run folder, locked until it is closed. Raises ConfigError when another run holds it."""
+    lock = (run_dir / LOCK_FILE).open("a+")
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ConfigError(
+            f"a run is being written to {run_dir} now.\n  Choose another --run-dir, or stop that run first."
+        ) from error
+    except OSError as error:
+        print(f"{run_dir} cannot be locked ({error}); nothing keeps a second run out of it")
+    return lock
 
 
 def start_run(
@@ -28,24 +92,25 @@ def start_run(
     model: Llava,
     attention: Backend,
     packing: Backend,
+    initial_weights: Mapping[str, Path],
     data: TrainingData,
     ranks: Ranks,
-) -> None:
-    """Writes run.json (rank 0) and says what is about to run. An earlier run in the folder is set aside, not lost."""
+) -> IO[str] | None:
+    """Writes run.json (rank 0) and says what is about to run. An earlier run in the folder is set aside, not lost.
+
+    Returns the lock that keeps a second run out of the folder; hold it until the run ends.
+    Raises ConfigError when another run holds it, or the folder cannot be made.
+    """
     if not ranks.is_main:
-        return
-    if (run_dir / "run.json").exists():
-        number = next(n for n in count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
-        aside = run_dir.with_name(f"{run_dir.name}.{number}")
-        run_dir.rename(aside)
-        print(f"{run_dir} held an earlier run; it is now {aside}")
-    run_dir.mkdir(parents=True, exist_ok=True)
+        return None
+    lock = _claim(run_dir)
     record = {
         "config": config.model_dump(),
         "ds_config": ds_config,
         "tower": model.vision_tower.spec.as_dict(),
         "attention": vars(attention),
         "packing": vars(packing),
+        "initial_weights": describe_initial_weights(dict(initial_weights)),
         "world_size": ranks.world_size,
         "num_samples": len(data.lengths.num_tokens),
         "num_steps": data.num_steps,
@@ -57,6 +122,25 @@ def start_run(
     print(f"attention: {attention.name} ({attention.reason}); batches: {packing.name} ({packing.reason})")
     if data.skipped:
         print(f"skipped {sum(data.skipped.values())} samples: {dict(data.skipped)}")
+    return lock
+
+
+def _claim(run_dir: Path) -> IO[str]:
+    """An empty, locked run folder; a finished run in it moves aside."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = _hold(run_dir, fcntl.LOCK_EX)
+        if not (run_dir / "run.json").exists():
+            return lock
+        number = next(n for n in count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
+        aside = run_dir.with_name(f"{run_dir.name}.{number}")
+        run_dir.rename(aside)
+        lock.close()
+        print(f"{run_dir} held an earlier run; it is now {aside}")
+        run_dir.mkdir()
+        return _hold(run_dir, fcntl.LOCK_EX)
+    except OSError as error:
+        raise ConfigError(f"--run-dir {run_dir} cannot be written: {error}; choose another") from error
 
 
 def finish_run(run_dir: Path, config: RunConfig, progress: Progress, seconds: float, ranks: Ranks) -> None:
@@ -66,4 +150,4 @@ def finish_run(run_dir: Path, config: RunConfig, progress: Progress, seconds: fl
     plot_loss({config.name: read_metrics(run_dir / "metrics.jsonl")}, run_dir / "loss.png")
     print(f"{config.name}: {progress.step} steps in {seconds:.0f} s, last loss {progress.loss:.4f}, in {run_dir}")
     if config.next_command:
-        print(f"Next: {config.next_command.replace('{run_dir}', str(run_dir))}")
+        print(f"Next: {config.next_command.replace('{run_dir}', shlex.quote(str(run_dir)))}")

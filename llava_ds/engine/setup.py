@@ -13,6 +13,7 @@ from llava_ds.config import RunConfig
 from llava_ds.distributed import Ranks
 from llava_ds.engine.deepspeed_backend import load_full_parameter
 from llava_ds.engine.loop import Tracker
+from llava_ds.errors import ConfigError
 from llava_ds.metrics.trackers import EXTRA_TRACKERS, JsonlTracker, ProgressBar
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,11 +27,22 @@ def select_device(ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
-def load_initial_weights(model: nn.Module, init_from: str | None, ranks: Ranks) -> None:
-    """Loads what the run ``init_from`` trained, one at a time. Raises CheckpointError when it does not fit."""
+def load_initial_weights(model: nn.Module, init_from: str | None, run_dir: Path, ranks: Ranks) -> dict[str, Path]:
+    """Loads what the run ``init_from`` trained, one weight at a time; returns the file of each.
+
+    Raises:
+        CheckpointError: there is none, or it does not fit.
+        ConfigError: it lies in the folder that this run is about to take.
+    """
     if init_from is None:
-        return
-    apply_trained(model, locate_trained(Path(init_from)), lambda p, value: load_full_parameter(p, value, ranks.is_main))
+        return {}
+    located = locate_trained(Path(init_from))
+    if any(run_dir.resolve() in file.resolve().parents for file in located.values()):
+        raise ConfigError(
+            f"model.init_from={init_from!r} lies in {run_dir}, which this run would set aside; give another --run-dir"
+        )
+    apply_trained(model, located, lambda p, value: load_full_parameter(p, value, ranks.is_main))
+    return located
 
 
 def build_trackers(run_dir: Path, num_steps: int, config: RunConfig, ranks: Ranks) -> list[Tracker]:

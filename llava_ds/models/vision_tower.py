@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,25 +94,49 @@ class VisionTower(nn.Module):
         return out["image_intermediates"][0]
 
 
-def build_tower(name: str, pretrained: str | None, select_layer: int) -> VisionTower:
-    """The tower of a folder (``tower_config.json`` + ``model.safetensors``) or of an open_clip model.
-
-    Build it outside any ZeRO-3 construction context: open_clip cannot load into partitioned parameters.
-
-    Raises:
-        ConfigError: neither a folder nor a name that open_clip knows.
-        CheckpointError: the folder is incomplete or its weights do not fit.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return _tower_from_folder(folder, select_layer)
+def check_tower(name: str, pretrained: str | None, random_allowed: bool = False) -> None:
+    """Raises ConfigError unless the tower exists and has weights; builds nothing."""
+    if Path(name).is_dir():
+        return
     if name not in open_clip.list_models():
         raise ConfigError(
             f"model.vision_tower={name!r} is neither a folder nor an open_clip model.\n"
             "  Use e.g. ViT-L-14-quickgelu with model.vision_pretrained=openai, or a folder with "
             f"{TOWER_CONFIG_FILE}."
         )
-    model = open_clip.create_model(name, pretrained=pretrained)
+    if pretrained is None:
+        problem = None if random_allowed else "its weights would be random"
+    else:
+        known = open_clip.get_pretrained_cfg(name, pretrained) or Path(pretrained).is_file()
+        problem = None if known else "neither a tag of it nor a file"
+    if problem:
+        raise ConfigError(
+            f"model.vision_pretrained={pretrained!r} with model.vision_tower={name!r}: {problem}.\n"
+            f"  Give a file, or a tag: {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none is known'}."
+        )
+
+
+def build_tower(name: str, pretrained: str | None, select_layer: int) -> VisionTower:
+    """The tower of a folder (``tower_config.json`` + ``model.safetensors``) or of an open_clip model.
+
+    ``pretrained=None`` leaves an open_clip model random, for measurements; a recipe may not (``check_tower``).
+    Build it outside any ZeRO-3 construction context: open_clip cannot load into partitioned parameters.
+
+    Raises:
+        ConfigError: neither a folder nor a name and tag that open_clip knows.
+        CheckpointError: the folder is incomplete, or the weights do not fit or cannot be read or fetched.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return _tower_from_folder(folder, select_layer)
+    check_tower(name, pretrained, random_allowed=True)
+    try:
+        model = open_clip.create_model(name, pretrained=pretrained)
+    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"model.vision_pretrained={pretrained!r} of {name} cannot be loaded: {error}\n"
+            "  Check the file, or the connection to where the tag's weights are kept."
+        ) from error
     config = open_clip.get_model_config(name)
     preprocess = open_clip.get_model_preprocess_cfg(model)
     vision_cfg = CLIPVisionCfg(**config["vision_cfg"])

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_ds.checkpoint.layout import commit, step_dir
+from llava_ds.checkpoint.trained import describe_initial_weights
 from llava_ds.config import load_recipe
 from llava_ds.models.build import build_model
 from llava_ds.models.vision_tower import TowerSpec, build_tower_from_spec
@@ -108,6 +109,7 @@ def write_run(root: Path, name: str = "run", **changes) -> Path:
     step.mkdir(parents=True)
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith("vision_tower")}
     save_file(trained, step / "trainable.safetensors")
-    (step / "run.json").write_text(json.dumps({"config": config.model_dump()}))
+    record = {"config": config.model_dump(), "initial_weights": describe_initial_weights({})}
+    (step / "run.json").write_text(json.dumps(record))
     commit(step)
     return root / name

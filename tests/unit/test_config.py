@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_ds.config import list_recipes, load_recipe
-from llava_ds.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage
+from llava_ds.config import list_recipes, load_recipe, resolve_micro_batch
+from llava_ds.engine.deepspeed_backend import zero_stage
+from llava_ds.engine.ds_config import fill_bucket_sizes, read_ds_config, resolve_ds_config
 from llava_ds.errors import ConfigError
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -28,7 +29,8 @@ def test_there_are_recipes_and_configs():
 def test_every_recipe_resolves_against_every_deepspeed_json(recipe, ds_json):
     config = load_recipe(recipe)
     world_size = 8 if config.train.global_batch_size % (8 * config.train.micro_batch_size) == 0 else 1
-    resolved = resolve_ds_config(read_ds_config(ds_json), config.train, world_size, 4096, str(ds_json))
+    resolved = resolve_ds_config(read_ds_config(ds_json), config.train, world_size, str(ds_json))
+    fill_bucket_sizes(resolved, 4096)
     assert _autos(resolved) == 0
     assert resolved["train_batch_size"] == (
         resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"] * world_size
@@ -102,7 +104,7 @@ def test_disagreements_of_the_json_are_listed_together(tmp_path):
     }
     train = load_recipe("quickstart_stage1").train
     with pytest.raises(ConfigError) as caught:
-        resolve_ds_config(raw, train, 1, 64, "ds.json")
+        resolve_ds_config(raw, train, 1, "ds.json")
     message = str(caught.value)
     assert "train_batch_size: the JSON says 32, the recipe 64" in message
     assert "gradient_clipping: the JSON says 0.5, the recipe 1.0" in message
@@ -112,7 +114,15 @@ def test_disagreements_of_the_json_are_listed_together(tmp_path):
 
 def test_ranks_that_do_not_divide_the_batch():
     with pytest.raises(ConfigError, match="times 3 rank"):
-        resolve_ds_config({}, load_recipe("quickstart_stage1").train, 3, 64, "ds.json")
+        resolve_micro_batch(load_recipe("quickstart_stage1").train, 3)
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 32), (2, 32), (4, 16), (8, 8)])
+def test_the_micro_batch_is_at_most_a_ranks_share(world_size, micro):
+    for recipe in ("quickstart_stage1", "quickstart_stage2", "quickstart_blind"):
+        assert resolve_micro_batch(load_recipe(recipe).train, world_size).micro_batch_size == micro
+    paper = load_recipe("paper_stage1_7b").train
+    assert resolve_micro_batch(paper, world_size) is paper
 
 
 def test_broken_json(tmp_path):
