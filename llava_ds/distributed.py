@@ -9,9 +9,9 @@ import os
 import socket
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from llava_ds.errors import ConfigError
@@ -75,6 +75,8 @@ def run_on_main_first(ranks: Ranks, work: Callable[[], T]) -> T:
     """
     if ranks.world_size == 1:
         return work()
+    # A group of its own: this work may take hours, while a collective of training that does is stuck.
+    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     failure: list[str | None] = [None]
     result: list[T] = []
     error: Exception | None = None
@@ -83,21 +85,13 @@ def run_on_main_first(ranks: Ranks, work: Callable[[], T]) -> T:
             result.append(work())
         except Exception as caught:
             error, failure[0] = caught, f"{type(caught).__name__}: {caught}"
-    dist.broadcast_object_list(failure, src=0)
+    dist.broadcast_object_list(failure, src=0, group=patient)
+    dist.destroy_process_group(patient)
     if error is not None:
         raise error
     if failure[0] is not None:
         raise ConfigError(f"rank 0 failed, so rank {ranks.rank} stops: {failure[0]}")
     return result[0] if ranks.is_main else work()
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is set on any rank; every rank gets the same answer."""
-    if not dist.is_initialized():
-        return flag
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
 
 
 def flush_and_exit(code: int) -> None:

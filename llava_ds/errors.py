@@ -1,12 +1,24 @@
 """The four error types. A message says what (both values), where, and what to do."""
 
+from __future__ import annotations
+
 
 class ConfigError(ValueError):
     """A recipe, an override or a DeepSpeed JSON is wrong, or two of them disagree."""
 
 
 class DataError(ValueError):
-    """A record, an image or a data file is wrong."""
+    """A record, an image or a data file is wrong.
+
+    ``reason`` says it without the record's name and values, so that skipped records are counted by it.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message.splitlines()[0]
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[str, str]]:
+        return DataError, (str(self), self.reason)
 
 
 class CheckpointError(RuntimeError):

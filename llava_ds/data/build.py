@@ -19,7 +19,7 @@ from llava_ds.data.dataset import (
     LlavaDataset,
     TextPipeline,
     check_images_exist,
-    drop_missing_images,
+    drop_unreadable_images,
     measure_samples,
 )
 from llava_ds.data.feature_cache import open_feature_cache
@@ -73,14 +73,13 @@ def build_training_data(
         DataError: a bad or missing file, record or image, unless ``data.on_bad_sample`` is ``skip``.
     """
     samples, skipped = read_llava_json(Path(config.data.path), config.data.on_bad_sample)
-    root = Path(config.data.image_root or Path(config.data.path).parent)
+    root = Path(config.data.image_root or Path(config.data.path).parent).absolute()  # a cache may outlive this cwd
     text = TextPipeline(
         tokenizer, config.data.template, config.data.placement, feature_shape[0], config.data.max_length, config.seed
     )
     if config.data.on_bad_sample == "skip":
-        samples, num_missing = drop_missing_images(samples, root)
-        if num_missing:
-            skipped["image file is missing"] = num_missing
+        samples, unreadable = drop_unreadable_images(samples, root)
+        skipped += unreadable
     else:
         check_images_exist(samples, root)
     samples, lengths, skipped = measure_samples(samples, text, config.data.on_bad_sample, skipped)
@@ -124,7 +123,7 @@ def _open_feature_cache(
     ranks: Ranks,
 ) -> Callable[[Path], torch.Tensor]:
     images = sorted({root / name for sample in samples for name in sample.images})
-    key = hashlib.sha256(f"{tower_key}|{transform}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{tower_key}|{config.train.precision}|{transform}".encode()).hexdigest()[:16]
     folder = Path(str(config.data.feature_cache)) / key
 
     def compute(files: Sequence[Path]) -> torch.Tensor:

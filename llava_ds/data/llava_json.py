@@ -27,7 +27,7 @@ def read_llava_json(path: Path, on_bad_sample: str = "error") -> tuple[list[Samp
         except DataError as error:
             if on_bad_sample != "skip":
                 raise
-            skipped[str(error).split(": ", 1)[-1].splitlines()[0]] += 1
+            skipped[error.reason] += 1
     return samples, skipped
 
 
@@ -49,26 +49,40 @@ def read_json_list(path: Path, wanted: str) -> list[Any]:
 
 def _parse_record(record: Any, origin: str) -> Sample:
     if not isinstance(record, dict):
-        raise DataError(f"{origin}: expected an object, got {type(record).__name__}")
+        raise DataError(f"{origin}: expected an object, got {type(record).__name__}", reason="not an object")
     if "id" not in record:
-        raise DataError(f"{origin}: no 'id'; every record needs one, because placement is a function of it")
+        raise DataError(
+            f"{origin}: no 'id'; every record needs one, because placement is a function of it", reason="no 'id'"
+        )
     where = f"{origin} id={str(record['id'])!r}"
     images = record.get("image") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise DataError(f"{where}: 'image' must be a path or a list of paths, got {images!r}")
+        raise DataError(
+            f"{where}: 'image' must be a path or a list of paths, got {images!r}", reason="'image' is no path or list"
+        )
     conversations = record.get("conversations")
     if not isinstance(conversations, list):
-        raise DataError(f"{where}: 'conversations' must be a list of turns, got {type(conversations).__name__}")
+        raise DataError(
+            f"{where}: 'conversations' must be a list of turns, got {type(conversations).__name__}",
+            reason="'conversations' is no list",
+        )
     if not conversations:
-        raise DataError(f"{where}: 'conversations' is empty; drop the record, or set data.on_bad_sample=skip")
+        raise DataError(
+            f"{where}: 'conversations' is empty; drop the record, or set data.on_bad_sample=skip",
+            reason="'conversations' is empty",
+        )
     turns = tuple(_parse_turn(turn, f"{where} turn {number}") for number, turn in enumerate(conversations))
     return Sample(str(record["id"]), tuple(images), turns, origin)
 
 
 def _parse_turn(turn: Any, where: str) -> Turn:
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
-        raise DataError(f"{where}: expected {{'from': ..., 'value': text}}, got {turn!r:.80}")
+        raise DataError(
+            f"{where}: expected {{'from': ..., 'value': text}}, got {turn!r:.80}", reason="a turn without from or value"
+        )
     if turn["from"] not in _ROLES:
-        raise DataError(f"{where}: unknown role {turn['from']!r}; known roles: {', '.join(_ROLES)}")
+        raise DataError(
+            f"{where}: unknown role {turn['from']!r}; known roles: {', '.join(_ROLES)}", reason="unknown role"
+        )
     return Turn(_ROLES[turn["from"]], turn["value"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llava_ds.data.sampler import StepPlan
+from llava_ds.errors import ConfigError
 from llava_ds.schema import Batch
 
 
@@ -59,6 +61,8 @@ def train(
     The loss of a step is the sum over its supervised tokens divided by their number over all ranks and
     micro-batches, so its gradients do not depend on how the step is split; with ``per_micro_batch`` every
     micro-batch of every rank is averaged by itself first, as the official trainer does.
+
+    Raises ConfigError on every rank when the loss of a step is not finite.
     """
     progress = Progress()
     stream = iter(batches)
@@ -84,6 +88,11 @@ def train(
         progress.samples_seen += len(plan.slots)
         progress.tokens_seen += int(totals[1])
         progress.loss = float(totals[0])
+        if not math.isfinite(progress.loss):  # summed over the ranks: every one stops here
+            raise ConfigError(
+                f"the loss of step {progress.step} is {progress.loss}; nothing is saved from it.\n"
+                f"  Lower train.learning_rate={lr:g}, or look at the samples of the step."
+            )
         seconds = time.perf_counter() - started
         record = {
             "step": progress.step,

@@ -17,12 +17,13 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     Raises ConfigError when nothing trains.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    norms = _norm_parameters(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         own_rate = name.startswith("projector.") and train.projector_learning_rate is not None
         rate = train.projector_learning_rate if own_rate and train.projector_learning_rate else train.learning_rate
-        decays = not (name.endswith("bias") or "norm" in name)
+        decays = not (name.endswith("bias") or name in norms)
         groups.setdefault((rate, train.weight_decay if decays else 0.0), []).append(parameter)
     if not groups:
         raise ConfigError(f"train.trainable={train.trainable} leaves nothing to train")
@@ -31,6 +32,16 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
         betas=train.adam_betas,
         eps=train.adam_eps,
     )
+
+
+def _norm_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of normalisations: of modules whose class says so, whatever a model calls them."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for name, _ in module.named_parameters(recurse=False)
+    }
 
 
 def build_scheduler(

@@ -4,6 +4,8 @@ import ast
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[2] / "llava_ds"
 LAYERS = {
     "constants": 0, "errors": 0,
@@ -21,11 +23,38 @@ SIBLINGS_ALLOWED = {("quickstart", "evaluation")}
 
 
 def _imports(file: Path):
-    for node in ast.walk(ast.parse(file.read_text())):
+    yield from _imported_names(file.read_text(), ("llava_ds", *file.relative_to(PACKAGE).parts[:-1]))
+
+
+def _imported_names(source: str, package: tuple[str, ...]):
+    """Every dotted name that source text of a module in ``package`` imports.
+
+    ``from a import b`` gives ``a.b``: b may be a module.
+    """
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import llava_ds.engine.loop, os", {"llava_ds.engine.loop", "os"}),
+        ("from llava_ds import engine, data", {"llava_ds.engine", "llava_ds.data"}),
+        ("from llava_ds.engine.loop import train", {"llava_ds.engine.loop.train"}),
+        ("from . import sampler", {"llava_ds.data.sampler"}),
+        ("from .sampler import Slot", {"llava_ds.data.sampler.Slot"}),
+        ("from .. import engine", {"llava_ds.engine"}),
+        ("from ..engine import loop", {"llava_ds.engine.loop"}),
+        ("def later():\n    from ..engine.loop import train", {"llava_ds.engine.loop.train"}),
+    ],
+)
+def test_every_form_of_import_is_seen(source, names):
+    assert set(_imported_names(source, ("llava_ds", "data"))) == names
 
 
 def _unit(file: Path) -> str:
@@ -66,7 +95,11 @@ def test_heavy_packages_have_one_import_site():
 
 
 def test_click_only_at_the_top():
-    users = {str(f.relative_to(PACKAGE)) for f in PACKAGE.rglob("*.py") if "click" in set(_imports(f))}
+    users = {
+        str(file.relative_to(PACKAGE))
+        for file in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == "click" for name in _imports(file))
+    }
     assert users == {"train.py"}
 
 

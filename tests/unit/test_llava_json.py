@@ -49,4 +49,4 @@ def test_a_missing_file(tmp_path):
 def test_skipped_records_are_counted_by_reason(tmp_path):
     samples, skipped = read_llava_json(_write(tmp_path, [GOOD, 7, 8]), on_bad_sample="skip")
     assert len(samples) == 1
-    assert dict(skipped) == {"expected an object, got int": 2}
+    assert dict(skipped) == {"not an object": 2}
