@@ -53,13 +53,21 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     from llava_ds.data.images import ImageTransform
     from llava_ds.engine import deepspeed_backend as backend
     from llava_ds.engine.ds_config import fill_bucket_sizes, read_ds_config, resolve_ds_config
+    from llava_ds.engine.inputs import check_inputs
     from llava_ds.engine.loop import LoopSettings, train
     from llava_ds.engine.optim import build_optimizer, build_scheduler
-    from llava_ds.engine.run_record import check_inputs, check_run_dir, finish_run, start_run
+    from llava_ds.engine.run_record import check_run_dir, finish_run, start_run
     from llava_ds.engine.saving import save_step
-    from llava_ds.engine.setup import DTYPES, build_trackers, load_initial_weights, select_device
+    from llava_ds.engine.setup import build_trackers, load_initial_weights, select_device
     from llava_ds.metrics.trackers import check_trackers
-    from llava_ds.models.build import build_model, llm_hidden_size, load_tokenizer, resolve_attention, resolve_packing
+    from llava_ds.models.build import (
+        DTYPES,
+        build_model,
+        llm_hidden_size,
+        load_tokenizer,
+        resolve_attention,
+        resolve_packing,
+    )
     from llava_ds.models.freezing import apply_freezing
 
     started = time.time()

@@ -15,13 +15,12 @@ from llava_ds.checkpoint.trained import apply_trained, locate_trained, read_run
 from llava_ds.config import ModelConfig
 from llava_ds.constants import COMPLETE_MARKER
 from llava_ds.errors import CheckpointError
-from llava_ds.models.build import build_llm_from_config, build_model, load_tokenizer
+from llava_ds.models.build import DTYPES, build_llm_from_config, build_model, load_tokenizer
 from llava_ds.models.llava import Llava
 from llava_ds.models.projector import build_projector
 from llava_ds.models.vision_tower import TowerSpec, build_tower_from_spec
 
 MERGED_FILE = "llava_ds.json"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def stored_dtype(path: Path) -> torch.dtype:
     """
     step = find_checkpoint(path)
     if not (step / MERGED_FILE).is_file():
-        return _DTYPES[read_run(step)["config"]["train"]["precision"]]
+        return DTYPES[read_run(step)["config"]["train"]["precision"]]
     with reading(step / "config.json") as file:
         return getattr(torch, json.loads(file.read_text())["dtype"])
 

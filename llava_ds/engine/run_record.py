@@ -18,41 +18,14 @@ from llava_ds.config import RunConfig
 from llava_ds.data.build import TrainingData
 from llava_ds.distributed import Ranks
 from llava_ds.engine.loop import Progress
-from llava_ds.errors import ConfigError, DataError
+from llava_ds.errors import ConfigError
 from llava_ds.metrics.plots import plot_loss
 from llava_ds.metrics.trackers import read_metrics
 from llava_ds.models.build import Backend
 from llava_ds.models.llava import Llava
-from llava_ds.models.vision_tower import check_tower
-from llava_ds.text.templates import get_template
 
 LOCK_FILE = "lock"
 _PACKAGES = ("llava_ds", "torch", "deepspeed", "transformers", "open_clip_torch", "numpy")
-
-
-def check_inputs(config: RunConfig) -> None:
-    """Looks for what the recipe names before anything is built from it.
-
-    Raises DataError for missing files (which one machine may lack) or else ConfigError, with every problem at once.
-    """
-    settings, files = [], []
-    try:
-        get_template(config.data.template)
-    except ConfigError as error:
-        settings.append(str(error))
-    try:
-        check_tower(config.model.vision_tower, config.model.vision_pretrained)
-    except ConfigError as error:
-        settings.append(str(error))
-    if not Path(config.data.path).is_file():
-        files.append(f"data.path={config.data.path}: no such file; give a LLaVA JSON file")
-    if config.data.image_root is not None and not Path(config.data.image_root).is_dir():
-        files.append(f"data.image_root={config.data.image_root}: no such folder, so all image file(s) are missing")
-    problems = "\n".join(settings + files)
-    if files:
-        raise DataError(problems)
-    if settings:
-        raise ConfigError(problems)
 
 
 def check_run_dir(run_dir: Path, ranks: Ranks) -> None:

@@ -16,8 +16,6 @@ from llava_ds.engine.loop import Tracker
 from llava_ds.errors import ConfigError
 from llava_ds.metrics.trackers import EXTRA_TRACKERS, JsonlTracker, ProgressBar
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def select_device(ranks: Ranks) -> torch.device:
     """This rank's GPU, or the CPU where there is none (or ``DS_ACCELERATOR=cpu`` asks for it)."""

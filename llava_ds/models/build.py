@@ -17,6 +17,9 @@ from llava_ds.models.projector import build_projector
 from llava_ds.models.vision_tower import build_tower
 from llava_ds.text.sentencepiece_tokenizer import is_llama_like, load_published_tokenizer
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By ``train.precision``."""
+
 
 @dataclass(frozen=True)
 class Backend:

@@ -9,8 +9,9 @@ from llava_ds.config import load_recipe
 from llava_ds.distributed import Ranks
 from llava_ds.engine import run_record
 from llava_ds.engine.ds_config import read_ds_config, resolve_ds_config
+from llava_ds.engine.inputs import check_inputs
 from llava_ds.engine.loop import Progress
-from llava_ds.engine.run_record import LOCK_FILE, _claim, check_inputs, check_run_dir
+from llava_ds.engine.run_record import LOCK_FILE, _claim, check_run_dir
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.models.vision_tower import check_tower
 from tests.helpers.tiny import write_recipe

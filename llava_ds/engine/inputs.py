@@ -1,0 +1,35 @@
+"""What a recipe names is looked for before minutes go into building from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava_ds.config import RunConfig
+from llava_ds.errors import ConfigError, DataError
+from llava_ds.models.vision_tower import check_tower
+from llava_ds.text.templates import get_template
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Looks for what the recipe names before anything is built from it.
+
+    Raises DataError for missing files (which one machine may lack) or else ConfigError, with every problem at once.
+    """
+    settings, files = [], []
+    try:
+        get_template(config.data.template)
+    except ConfigError as error:
+        settings.append(str(error))
+    try:
+        check_tower(config.model.vision_tower, config.model.vision_pretrained)
+    except ConfigError as error:
+        settings.append(str(error))
+    if not Path(config.data.path).is_file():
+        files.append(f"data.path={config.data.path}: no such file; give a LLaVA JSON file")
+    if config.data.image_root is not None and not Path(config.data.image_root).is_dir():
+        files.append(f"data.image_root={config.data.image_root}: no such folder, so all image file(s) are missing")
+    problems = "\n".join(settings + files)
+    if files:
+        raise DataError(problems)
+    if settings:
+        raise ConfigError(problems)
