@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import modeling_flash_attention_utils as flash_path
 
 from llava_ds.config import ModelConfig
 from llava_ds.data.collator import Collator
@@ -128,40 +128,53 @@ def test_an_empty_share_computes_a_loss_of_zero(world):
     assert all(gradient.abs().max() == 0 for gradient in gradients.values())
 
 
-def test_the_flash_attention_path_passes_the_sample_boundaries(world):
-    """A plain PyTorch function with the boundaries of flash attention's varlen call stands in for the GPU library."""
+def test_the_flash_attention_path_passes_the_sample_boundaries(world, monkeypatch):
+    """transformers' whole flash-attention path runs; plain PyTorch stands in for flash_attn_varlen_func alone."""
     calls = []
 
-    def varlen_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        calls.append((kwargs["cu_seq_lens_q"], kwargs["max_length_q"]))
-        assert attention_mask is None
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        bounds = kwargs["cu_seq_lens_q"].tolist()
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False,
+    ):  # [T, heads, width]
+        assert causal and dropout_p == 0 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+        calls.append((cu_seqlens_q, max_seqlen_q, max_seqlen_k))
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        bounds = cu_seqlens_q.tolist()
         pieces = [
             torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling
+                q[:, a:b], k[:, a:b], v[:, a:b], is_causal=True, scale=softmax_scale
             )
             for a, b in zip(bounds, bounds[1:], strict=False)
         ]
-        return torch.cat(pieces, 2).transpose(1, 2), None
+        return torch.cat(pieces, 1).transpose(0, 1)
 
-    original = AttentionInterface._global_mapping["flash_attention_2"]
-    AttentionInterface.register("flash_attention_2", varlen_attention)
-    try:
-        model = _model(world)
-        examples = _examples(world, model)
-        batch = _collate(examples, "packed")
-        expected = model(batch).item()
-        model.llm.config._attn_implementation = "flash_attention_2"
-        loss = model(batch).item()
-    finally:
-        AttentionInterface.register("flash_attention_2", original)
+    def no_batched_call(*_, **__):
+        raise AssertionError("a packed row must go through flash_attn_varlen_func")
+
+    library = (no_batched_call, flash_attn_varlen_func, None, flash_path._pad_input, flash_path._unpad_input)
+    for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn",
+                 "_unpad_fn", "_process_flash_kwargs_fn", "_process_with_kvcache_kwargs_fn"):
+        monkeypatch.setattr(flash_path, name, None)  # set by the first call, and put back after the test
+    monkeypatch.setattr(flash_path, "_lazy_imports", lambda *_, **__: library)
+
+    model = _model(world)
+    examples = _examples(world, model)
+    batch = _collate(examples, "packed")
+    expected, expected_gradients = _gradients(model, batch)
+    model.llm.config._attn_implementation = "flash_attention_2"
+    loss, gradients = _gradients(model, batch)
     assert len(calls) == 2  # one for each layer
     lengths = [len(example.encoded.input_ids) for example in examples]
-    assert calls[0][0].tolist() == torch.tensor([0, *lengths]).cumsum(0).tolist()
-    assert calls[0][1] == max(lengths)
+    for boundaries, longest_q, longest_k in calls:
+        assert boundaries.dtype == torch.int32
+        assert boundaries.tolist() == torch.tensor([0, *lengths]).cumsum(0).tolist()
+        assert longest_q == longest_k == max(lengths)
+    # fp32, the same sums in another order.
     assert loss == pytest.approx(expected, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_flash_attention_by_name_is_refused_without_a_gpu():
