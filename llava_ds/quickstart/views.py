@@ -1,7 +1,4 @@
-"""Several views of one picture: the same thing at another place, size, side and angle, and in other colours.
-
-With the first four alone, a trial named 0.36 of the unseen style's pictures; with all eight, 0.41.
-"""
+"""Several views of one picture: the same thing at another place, size, side and angle, and in other colours."""
 
 from __future__ import annotations
 
