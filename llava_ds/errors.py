@@ -10,15 +10,17 @@ class ConfigError(ValueError):
 class DataError(ValueError):
     """A record, an image or a data file is wrong.
 
-    ``reason`` says it without the record's name and values, so that skipped records are counted by it.
+    ``reason`` says it without the record's name and values, so that skipped records are counted by it. ``sample_id``
+    is the record's id where it is known.
     """
 
-    def __init__(self, message: str, reason: str = "") -> None:
+    def __init__(self, message: str, reason: str = "", sample_id: str | None = None) -> None:
         super().__init__(message)
         self.reason = reason or message.splitlines()[0]
+        self.sample_id = sample_id
 
-    def __reduce__(self) -> tuple[type[DataError], tuple[str, str]]:
-        return DataError, (str(self), self.reason)
+    def __reduce__(self) -> tuple[type[DataError], tuple[str, str, str | None]]:
+        return DataError, (str(self), self.reason, self.sample_id)
 
 
 class CheckpointError(RuntimeError):

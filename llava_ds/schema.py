@@ -6,10 +6,13 @@ Shapes use one alphabet everywhere: ``B`` rows, ``S`` padded length, ``T`` packe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+
+from llava_ds.constants import IGNORE_INDEX
 
 Role = Literal["user", "assistant"]
 
@@ -23,15 +26,27 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class StoredImage:
+    """A picture that is not a file of its own: ``read`` gives its encoded bytes (JPEG, PNG, ...)."""
+
+    name: str
+    read: Callable[[], bytes]
+
+
+Image = str | StoredImage
+"""A path, or a picture inside an archive or a table."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One conversation.
 
-    ``images`` holds paths as written in the record; ``origin`` says where the record stands
+    ``images`` are in the order of the placeholders; ``origin`` says where the record stands
     (``train.json[17]``), for error messages.
     """
 
     id: str
-    images: tuple[str, ...]
+    images: tuple[Image, ...]
     turns: tuple[Turn, ...]
     origin: str
 
@@ -48,14 +63,16 @@ class EncodedSample:
     """
 
     id: str
-    images: tuple[str, ...]
+    images: tuple[Image, ...]
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    num_cut_turns: int = 0
+    """Turns at the end of the record that did not fit (``data.truncation``)."""
 
     @property
     def num_supervised(self) -> int:
         """Number of positions that the loss reads."""
-        return sum(label >= 0 for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -67,10 +84,12 @@ class Batch:
     ``attention_mask`` [B, S] bool when padded, None when packed.
     ``cu_seqlens``     [num_samples + 1] int32 when packed, None when padded.
     ``image_rows``     [I * P] rows of the flattened [B * S] sequence that the patches fill, in order.
-    ``pixel_values``   [I, 3, H, W] of the images, or None when ``patch_features`` is given.
+    ``pixel_values``   [I, 3, H, W] of the images, uint8 levels that the tower normalises (or normalised floats);
+                       None when ``patch_features`` is given.
     ``patch_features`` [I, P, C] from the feature cache, or None.
     ``loss_rows``      [K] rows of the flattened [B * S] sequence that predict a supervised token.
     ``loss_labels``    [K] the token to predict there.
+    ``problems``       one message for each sample whose picture was bad; none of its tokens is supervised.
     A batch without an image carries one dummy image, which fills no row: the tower and the projector run
     on every rank in every micro-batch, or ZeRO-3 would hang.
     """
@@ -87,6 +106,7 @@ class Batch:
     loss_labels: torch.Tensor
     num_supervised: int
     sample_ids: tuple[str, ...]
+    problems: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on ``device``."""

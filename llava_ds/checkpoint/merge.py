@@ -19,14 +19,20 @@ from llava_ds.constants import IMAGE_PLACEHOLDER
 from llava_ds.errors import CheckpointError
 from llava_ds.models.llava import Llava
 from llava_ds.models.vision_tower import TowerSpec
-from llava_ds.text.encode import adds_leading_space
-from llava_ds.text.templates import Special, Template, get_template
+from llava_ds.text.chat_template import resolve_template
+from llava_ds.text.encode import adds_leading_space, begins_with_bos
+from llava_ds.text.templates import BOS, EOS, AnyTemplate, Special, Template
 
 PAD_TOKEN = "<pad>"
 _FLATTEN = (  # a message's content is text, or a list of images and texts
     "{% macro flatten(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
     "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{% endmacro %}"
+)
+_FLATTEN_MESSAGES = (  # before a tokenizer's own template, which may know texts only
+    "{% set flat = namespace(all=[]) %}{% for m in messages %}"
+    "{% set flat.all = flat.all + [{'role': m['role'], 'content': flatten(m['content'])}] %}{% endfor %}"
+    "{% set messages = flat.all %}"
 )
 _ACTS = {"mlp": "gelu", "relu_pair": "relu", "identity": "linear"}
 
@@ -76,32 +82,39 @@ def merge(source: Path, out: Path) -> str:
     return export
 
 
-def chat_template(template: Template, leading_space: bool) -> str:
-    """A template record as the Jinja text that transformers renders; images stand where the messages have them.
+def chat_template(template: AnyTemplate, tokenizer: Any) -> str:
+    """A template as the Jinja text that transformers renders; images stand where the messages have them.
 
-    ``leading_space`` is whether the tokenizer begins a text with a space (see ``adds_leading_space``). Beside special
-    tokens it does not, so the space is written out: after the first ``bos`` and after an image, as ``encode`` has it.
+    Where the tokenizer begins a text with a space (see ``adds_leading_space``), beside special tokens it does not, so
+    the space is written out: at the beginning of the text and after an image, as ``encode`` has it.
     """
-    space = " " if leading_space else ""
-    before, after = template.user.split("{}")
+    if not isinstance(template, Template):
+        return _FLATTEN + _FLATTEN_MESSAGES + str(tokenizer.chat_template)
+    space = " " if adds_leading_space(tokenizer) else ""
     lead, tail = template.answer.split("{}")
-    between = "".join(_literal(part) for part in template.between)
+    between = "".join(map(_literal, template.between))
     if template.drops_question:
-        begin, question, lead = "", "{{ '<image>' * (text.split('<image>') | length - 1) }}", space + lead
+        question, lead, begin = "{{ '<image>' * (text.split('<image>') | length - 1) }}", space + lead, ""
     else:
-        begin = _literal(space)
+        goes_on = "true" if _text_follows_question(template) else "false"
         question = (
             "{% for chunk in text.split('<image>') %}{% if not loop.first %}{{ '<image>' }}"
-            "{% if chunk or loop.last %}" + _literal(space) + "{% endif %}{% endif %}{{ chunk }}{% endfor %}"
+            f"{{% if chunk or loop.last and {goes_on} %}}{_literal(space)}{{% endif %}}{{% endif %}}{{{{ chunk }}}}"
+            "{% endfor %}"
         )
-    user = _literal(before) + question + _literal(after) + _literal(template.assistant)
+        opens = next(iter((*template.begin, *template.user)))
+        is_token = isinstance(opens, Special) and tokenizer.backend_tokenizer.token_to_id(opens.kind) is not None
+        begin = "" if is_token else _literal(space)
+    user = "".join(question.join(map(_literal, part.split("{}"))) if isinstance(part, str) else _literal(part)
+                   for part in template.user)
+    user += "".join(map(_literal, template.assistant))
     answer = _literal(lead) + "{{ text }}" + _literal(tail) + _literal(template.stop)
     refusal = f"the template {template.name} knows the roles user and assistant only, not "
     return (
         _FLATTEN
-        + "{{ bos_token }}"
+        + ("{{ bos_token }}" if begins_with_bos(tokenizer) else "")
         + begin
-        + "".join(_literal(part) for part in template.begin)
+        + "".join(map(_literal, template.begin))
         + "{% for m in messages %}{% set text = flatten(m['content']) %}{% if m['role'] == 'user' %}"
         + ("{% if not loop.first %}" + between + "{% endif %}" if between else "")
         + user
@@ -111,17 +124,27 @@ def chat_template(template: Template, leading_space: bool) -> str:
     )
 
 
+def _text_follows_question(template: Template) -> bool:
+    """Whether text stands right behind a question, so that behind a last image a run of text begins."""
+    parts = (*template.user, *template.assistant)
+    number = next(n for n, part in enumerate(parts) if isinstance(part, str) and "{}" in part)
+    return not str(parts[number]).endswith("{}") or isinstance(parts[number + 1], str)
+
+
 def _literal(part: str | Special) -> str:
-    if isinstance(part, Special):
+    if isinstance(part, Special) and part.kind in (BOS, EOS):
         return "{{ " + f"{part.kind}_token" + " }}"
-    return "{{ " + json.dumps(part) + " }}" if part else ""
+    text = part.kind if isinstance(part, Special) else part
+    return "{{ " + json.dumps(text) + " }}" if text else ""
 
 
 def _save_processor(out: Path, loaded: LoadedModel, spec: TowerSpec) -> int:
     """Writes tokenizer, image processor and chat template; returns the number of words."""
     tokenizer = loaded.tokenizer
-    leading_space = adds_leading_space(tokenizer)
-    _add_space_once(tokenizer)
+    template = resolve_template(loaded.template, tokenizer)
+    rendered = chat_template(template, tokenizer)
+    if not template.is_tokenizers_own:
+        _add_space_once(tokenizer)
     tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     images = LlavaImageProcessor(
@@ -139,7 +162,7 @@ def _save_processor(out: Path, loaded: LoadedModel, spec: TowerSpec) -> int:
         vision_feature_select_strategy="default",
         image_token=IMAGE_PLACEHOLDER,
         num_additional_image_tokens=1,
-        chat_template=chat_template(get_template(loaded.template), leading_space),
+        chat_template=rendered,
     ).save_pretrained(out)
     return len(tokenizer)
 

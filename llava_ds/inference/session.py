@@ -17,8 +17,9 @@ from llava_ds.data.images import ImageTransform
 from llava_ds.errors import DataError
 from llava_ds.models.llava import Llava
 from llava_ds.schema import Turn
-from llava_ds.text.encode import encode_prompt, stop_string
-from llava_ds.text.templates import Template, get_template
+from llava_ds.text.chat_template import resolve_template
+from llava_ds.text.encode import encode_prompt, stop_id, stop_string
+from llava_ds.text.templates import AnyTemplate
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Session:
 
     model: Llava
     tokenizer: Any
-    template: Template
+    template: AnyTemplate
     transform: ImageTransform
     device: torch.device
 
@@ -104,7 +105,7 @@ class Session:
 
     def _options(self, sampling: Sampling) -> dict[str, Any]:
         stop = stop_string(self.template)
-        eos = self.tokenizer.eos_token_id
+        eos = stop_id(self.tokenizer, self.template)
         options: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
             "do_sample": sampling.temperature > 0,
@@ -141,6 +142,5 @@ def load_session(path: Path) -> Session:
     loaded = load_model(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transform = ImageTransform.for_tower(loaded.model.vision_tower.spec, loaded.image_aspect_ratio)
-    return Session(
-        loaded.model.to(device), loaded.tokenizer, get_template(loaded.template), transform, device
-    )
+    template = resolve_template(loaded.template, loaded.tokenizer)
+    return Session(loaded.model.to(device), loaded.tokenizer, template, transform, device)

@@ -6,124 +6,103 @@ text. A label is given by where a token stands in that text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llava_ds.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import EncodedSample, Sample, Turn
-from llava_ds.text.templates import BOS, EOS, Special, Template
+from llava_ds.text.templates import BOS, EOS, START, AnyTemplate, ImageSlot, Piece, Special
 
 # Stands before a run of text while it is tokenized. A newline merges with nothing in a SentencePiece model.
 _ANCHOR = "\n"
 
 
-@dataclass(frozen=True)
-class _Image:
-    pass
-
-
-@dataclass(frozen=True)
-class _Piece:
-    content: str | Special | _Image
-    supervised: bool
-
-
 def encode_sample(
-    sample: Sample, tokenizer: Any, template: Template, num_patches: int, max_length: int
+    sample: Sample, tokenizer: Any, template: AnyTemplate, num_patches: int, max_length: int | None = None
 ) -> EncodedSample:
     """Ids and labels of a whole conversation; each image takes ``num_patches`` positions.
 
-    Raises DataError, naming the record, when it is longer than ``max_length``, has an empty answer, or its
-    ``<image>`` placeholders do not match its images.
+    A leading answer is left out, as in the official code. Raises DataError, naming the record, when it is longer than
+    ``max_length`` (see truncation.py for other ways), has an empty answer, or its ``<image>`` placeholders do not
+    match its images.
     """
-    _check_images(sample)
-    _check_turns(sample, template)
-    ids, labels = _encode_pieces(list(_pieces(sample.turns, template)), tokenizer, num_patches)
-    if len(ids) > max_length:
-        raise DataError(
-            f"{sample.where()}: longer than data.max_length: {len(ids)} tokens (images counted), the limit is "
-            f"{max_length}.\n  Raise the limit, shorten the record, or set data.on_bad_sample=skip.",
-            reason="longer than data.max_length",
-        )
+    turns = rounds_of(sample, template)
+    check_images(sample)
+    ids, labels = encode_turns(turns, tokenizer, template, num_patches)
+    if max_length is not None and len(ids) > max_length:
+        raise too_long(sample, len(ids), max_length)
     return EncodedSample(sample.id, sample.images, tuple(ids), tuple(labels))
 
 
-def encode_prompt(turns: Sequence[Turn], tokenizer: Any, template: Template, num_patches: int) -> list[int]:
+def encode_prompt(turns: Sequence[Turn], tokenizer: Any, template: AnyTemplate, num_patches: int) -> list[int]:
     """Ids of a conversation that ends in a user turn, up to where the assistant's answer begins."""
-    pieces = list(_pieces(turns, template, open_ended=True))
-    return _encode_pieces(pieces, tokenizer, num_patches)[0]
+    return encode_turns(turns, tokenizer, template, num_patches, open_ended=True)[0]
 
 
-def stop_string(template: Template) -> str | None:
-    """The text that ends an answer, or None where the end-of-sequence token does."""
+def stop_string(template: AnyTemplate) -> str | None:
+    """The text that ends an answer, or None where a special token does."""
     return template.stop if isinstance(template.stop, str) else None
 
 
-def _pieces(turns: Sequence[Turn], template: Template, open_ended: bool = False) -> Iterator[_Piece]:
-    yield _Piece(Special(BOS), False)
-    yield from (_Piece(part, False) for part in template.begin)
-    for number, turn in enumerate(turns):
-        if turn.role == "assistant":
-            yield _Piece(template.answer.replace("{}", turn.text), True)
-            yield _Piece(template.stop, True)
-            continue
-        if number:
-            yield from (_Piece(part, False) for part in template.between)
-        yield from _user_pieces(turn.text, template)
-        yield _Piece(template.assistant, False)
-    if not open_ended:
-        yield _Piece(template.end, False)
+def stop_id(tokenizer: Any, template: AnyTemplate) -> int:
+    """The special token that ends an answer; the end-of-sequence token where a text does."""
+    special = template.stop if isinstance(template.stop, Special) else Special(EOS)
+    found = _special_id(tokenizer, special)
+    return int(tokenizer.eos_token_id) if found is None else found
 
 
-def _user_pieces(text: str, template: Template) -> Iterator[_Piece]:
-    if template.drops_question:
-        yield from (_Piece(_Image(), False) for _ in range(text.count(IMAGE_PLACEHOLDER)))
-        return
-    # The text is put into the pattern after the split, so that braces in it stay text.
-    before, after = template.user.split("{}")
-    chunks = text.split(IMAGE_PLACEHOLDER)
-    chunks[0] = before + chunks[0]
-    chunks[-1] += after
-    for number, chunk in enumerate(chunks):
-        if number:
-            yield _Piece(_Image(), False)
-        yield _Piece(chunk, False)
+def encode_turns(
+    turns: Sequence[Turn], tokenizer: Any, template: AnyTemplate, num_patches: int, open_ended: bool = False
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of turns as they are, unchecked."""
+    space_inside = _facts(tokenizer).spaces_after_special if template.is_tokenizers_own else None
+    return encode_pieces(template.pieces(turns, open_ended), tokenizer, num_patches, space_inside)
 
 
-def _encode_pieces(pieces: Sequence[_Piece], tokenizer: Any, num_patches: int) -> tuple[list[int], list[int]]:
+def encode_pieces(
+    pieces: Iterable[Piece], tokenizer: Any, num_patches: int, space_inside: bool | None = None
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of the pieces in their order; each image is ``num_patches`` times ``IMAGE_TOKEN_INDEX``.
+
+    ``space_inside``: whether the leading space (see ``adds_leading_space``) goes before every text behind a special
+    token or an image; None is SentencePiece's way, behind images only.
+    """
     ids: list[int] = []
     labels: list[int] = []
-
-    def extend(new_ids: Sequence[int], supervised: Sequence[bool]) -> None:
-        ids.extend(new_ids)
-        labels.extend(i if yes else IGNORE_INDEX for i, yes in zip(new_ids, supervised, strict=True))
-
     run: list[tuple[str, bool]] = []
     starts_chunk = True  # the beginning of the text, and after every image
 
     def flush() -> None:
         if run:
-            extend(*_tokenize_run(run, tokenizer, starts_chunk))
-        run.clear()
+            new_ids, supervised = _tokenize_run(run, tokenizer, starts_chunk)
+            ids.extend(new_ids)
+            labels.extend(i if yes else IGNORE_INDEX for i, yes in zip(new_ids, supervised, strict=True))
+            run.clear()
 
     for piece in pieces:
-        if piece.content == "":
+        content = piece.content
+        if content == "":
             continue
-        if isinstance(piece.content, str):
-            run.append((piece.content, piece.supervised))
+        special = _special_id(tokenizer, content) if isinstance(content, Special) else None
+        if isinstance(content, Special) and special is None:
+            if content.kind in (START, BOS):
+                continue
+            content = content.kind  # no token of this tokenizer: plain text
+        if isinstance(content, str):
+            run.append((content, piece.supervised))
             continue
         flush()
-        if isinstance(piece.content, _Image):
-            extend([IMAGE_TOKEN_INDEX] * num_patches, [False] * num_patches)
-            starts_chunk = True
-        else:
-            special = _special_id(tokenizer, piece.content)
-            if special is not None:
-                extend([special], [piece.supervised])
+        if isinstance(content, ImageSlot):
+            ids += [IMAGE_TOKEN_INDEX] * num_patches
+            labels += [IGNORE_INDEX] * num_patches
+            starts_chunk = space_inside is not False
+        elif special is not None:
             # SentencePiece puts its leading space at the beginning of a text only.
-            starts_chunk = not ids or (starts_chunk and piece.content.kind == BOS)
+            starts_chunk = bool(space_inside) or (starts_chunk and content.kind == START)
+            ids.append(special)
+            labels.append(special if piece.supervised else IGNORE_INDEX)
     flush()
     return ids, labels
 
@@ -132,56 +111,133 @@ def _tokenize_run(
     run: Sequence[tuple[str, bool]], tokenizer: Any, starts_chunk: bool
 ) -> tuple[list[int], list[bool]]:
     """Ids of the joined texts, and for each whether it lies in a supervised one."""
-    lead = ""
-    if adds_leading_space(tokenizer):
-        # The leading space is written out behind an anchor, because the fast tokenizer drops it before a text
-        # that begins with a space itself, and adds it where a text goes on after a special token.
-        lead = _ANCHOR + (" " if starts_chunk else "")
-    text = lead + "".join(part for part, _ in run)
-    encoded = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-    )
-    skip = len(tokenizer(_ANCHOR, add_special_tokens=False).input_ids) if lead else 0
-    spans = _supervised_spans(run, len(lead))
-    supervised = [
-        any(begin < span_end and end > span_begin for span_begin, span_end in spans)
-        for begin, end in encoded.offset_mapping[skip:]
-    ]
-    return encoded.input_ids[skip:], supervised
+    facts = _facts(tokenizer)
+    # The leading space is written out behind an anchor, because the fast tokenizer drops it before a text
+    # that begins with a space itself, and adds it where a text goes on after a special token.
+    lead = _ANCHOR + (" " if starts_chunk else "") if facts.adds_leading_space else ""
+    encoded = _core(tokenizer).encode(lead + "".join(part for part, _ in run), add_special_tokens=False)
+    skip = facts.anchor_length if lead else 0
+    return encoded.ids[skip:], _supervised(encoded.offsets[skip:], run, len(lead))
 
 
-def _supervised_spans(run: Sequence[tuple[str, bool]], position: int) -> list[tuple[int, int]]:
+def _supervised(
+    offsets: Sequence[tuple[int, int]], run: Sequence[tuple[str, bool]], position: int
+) -> list[bool]:
+    """For each token whether it overlaps a supervised text; the texts follow one another from ``position`` on."""
     spans = []
     for number, (text, supervised) in enumerate(run):
         # The leading space belongs to the first text of a run.
         begin = 1 if number == 0 and position > 1 else position
         position += len(text)
-        if supervised:
+        if supervised and text:
             spans.append((begin, position))
-    return spans
+    if not spans:
+        return [False] * len(offsets)
+    found, current = [], 0
+    for begin, end in offsets:
+        while current < len(spans) - 1 and spans[current][1] <= begin:
+            current += 1
+        found.append(begin < spans[current][1] and end > spans[current][0])
+    return found
+
+
+def _core(tokenizer: Any) -> Any:
+    """The Rust tokenizer, set so that special tokens in a text stay text, and nothing is cut or filled."""
+    core = tokenizer.backend_tokenizer
+    core.encode_special_tokens = True
+    if core.truncation is not None:
+        core.no_truncation()
+    if core.padding is not None:
+        core.no_padding()
+    return core
+
+
+@dataclass(frozen=True)
+class _Facts:
+    adds_leading_space: bool
+    anchor_length: int
+    begins_with_bos: bool
+    spaces_after_special: bool
+
+
+def _facts(tokenizer: Any) -> _Facts:
+    known = getattr(tokenizer, "_llava_ds_facts", None)
+    if known is None:
+        if not tokenizer.is_fast:
+            raise ConfigError(f"the tokenizer {type(tokenizer).__name__} gives no offsets; a fast tokenizer is needed")
+        anchor = _core(tokenizer).encode(_ANCHOR, add_special_tokens=False).tokens
+        leading_space = bool(anchor) and anchor[0].startswith("▁")
+        # SentencePiece models are made to begin with bos, whatever their tokenizer.json says.
+        with_bos = leading_space or tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        known = tokenizer._llava_ds_facts = _Facts(
+            leading_space, len(anchor), with_bos, leading_space and _spaces_after_special(tokenizer)
+        )
+    return known
+
+
+def _spaces_after_special(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts its leading space behind special tokens, too (the first LLaMA models' does)."""
+    if tokenizer.eos_token is None:
+        return False
+    tokens = tokenizer.tokenize(f"{tokenizer.eos_token}a")
+    return len(tokens) > 1 and tokens[0] == tokenizer.eos_token and tokens[1].startswith("▁")
 
 
 def adds_leading_space(tokenizer: Any) -> bool:
     """Whether the tokenizer begins a text with a space of its own, as SentencePiece models do."""
-    known = getattr(tokenizer, "_llava_ds_adds_leading_space", None)
-    if known is None:
-        if not tokenizer.is_fast:
-            raise ConfigError(f"the tokenizer {type(tokenizer).__name__} gives no offsets; a fast tokenizer is needed")
-        pieces = tokenizer.tokenize(_ANCHOR)
-        known = bool(pieces) and pieces[0].startswith("▁")
-        tokenizer._llava_ds_adds_leading_space = known
-    return known
+    return _facts(tokenizer).adds_leading_space
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether a text begins with the tokenizer's bos token."""
+    return tokenizer.bos_token_id is not None and _facts(tokenizer).begins_with_bos
 
 
 def _special_id(tokenizer: Any, special: Special) -> int | None:
+    """The id, or None where the tokenizer has no such token (or does not begin texts with it)."""
     if special.kind == EOS:
         if tokenizer.eos_token_id is None:
             raise ConfigError("the template ends answers with the tokenizer's eos token, but it has none")
         return int(tokenizer.eos_token_id)
-    return None if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+    if special.kind == START:
+        return int(tokenizer.bos_token_id) if begins_with_bos(tokenizer) else None
+    if special.kind == BOS:
+        return None if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+    return tokenizer.backend_tokenizer.token_to_id(special.kind)
 
 
-def _check_images(sample: Sample) -> None:
+def rounds_of(sample: Sample, template: AnyTemplate) -> tuple[Turn, ...]:
+    """The turns from the first question on, checked: question and answer in turn, and no answer empty.
+
+    Raises DataError that names the record.
+    """
+    turns = sample.turns[1:] if sample.turns and sample.turns[0].role == "assistant" else sample.turns
+    roles = [turn.role for turn in turns]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise DataError(
+            f"{sample.where()}: turns must alternate human, gpt, ... and end with gpt; got "
+            f"{[turn.role for turn in sample.turns] or 'none'}",
+            reason="turns do not alternate human, gpt",
+        )
+    if not all(turn.text for turn in turns if turn.role == "assistant"):
+        raise DataError(
+            f"{sample.where()}: an empty answer; there is nothing to learn from it", reason="an empty answer"
+        )
+    if template.drops_question and len(roles) != 2:
+        raise DataError(
+            f"{sample.where()}: template {template.name!r} takes one question and one answer, got {len(roles)} turns",
+            reason=f"more than one round, template {template.name!r} takes one",
+        )
+    if template.drops_question and IMAGE_PLACEHOLDER not in turns[0].text:
+        raise DataError(
+            f"{sample.where()}: template {template.name!r} keeps only the images of a question, and it has none",
+            reason=f"no image, template {template.name!r} needs one",
+        )
+    return turns
+
+
+def check_images(sample: Sample) -> None:
+    """Raises DataError, naming the record, unless its questions hold one placeholder for each image."""
     num_placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in sample.turns if turn.role == "user")
     if any(IMAGE_PLACEHOLDER in turn.text for turn in sample.turns if turn.role == "assistant"):
         raise DataError(
@@ -197,19 +253,13 @@ def _check_images(sample: Sample) -> None:
         )
 
 
-def _check_turns(sample: Sample, template: Template) -> None:
-    roles = [turn.role for turn in sample.turns]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise DataError(
-            f"{sample.where()}: turns must alternate human, gpt, ... and end with gpt; got {roles or 'none'}",
-            reason="turns do not alternate human, gpt",
-        )
-    if not all(turn.text.strip() for turn in sample.turns if turn.role == "assistant"):
-        raise DataError(
-            f"{sample.where()}: an empty answer; there is nothing to learn from it", reason="an empty answer"
-        )
-    if template.drops_question and len(roles) != 2:
-        raise DataError(
-            f"{sample.where()}: template {template.name!r} takes one question and one answer, got {len(roles)} turns",
-            reason=f"more than one round, template {template.name!r} takes one",
-        )
+TOO_LONG = "longer than data.max_length"
+
+
+def too_long(sample: Sample, num_tokens: int, max_length: int) -> DataError:
+    """The error for a sample that does not fit."""
+    return DataError(
+        f"{sample.where()}: longer than data.max_length: {num_tokens} tokens (images counted), the limit is "
+        f"{max_length}.\n  Raise the limit, shorten the record, or set data.truncation.",
+        reason=TOO_LONG,
+    )

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from llava_ds.constants import IMAGE_PLACEHOLDER
 from llava_ds.schema import Sample
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio, as splitmix64 (Steele, Lea, Flood 2014) steps
 
 
 def apply_placement(sample: Sample, mode: str, seed: int, epoch: int) -> Sample:
@@ -15,16 +20,23 @@ def apply_placement(sample: Sample, mode: str, seed: int, epoch: int) -> Sample:
     ``as_data`` changes nothing. ``front`` puts them before the question. ``random`` takes either order with
     equal chance, as a pure function of (seed, epoch, sample id): no worker count and no resume changes it.
     """
-    first = sample.turns[0]
-    num_images = first.text.count(IMAGE_PLACEHOLDER)
-    if mode == "as_data" or num_images == 0:
+    if mode == "as_data":
         return sample
+    return place_first_images(sample, mode == "front" or bool(is_image_first(seed, epoch, sample_key(sample.id))))
+
+
+def place_first_images(sample: Sample, image_first: bool) -> Sample:
+    """The sample with the images of its first user turn before the question, or after it."""
+    number = next((n for n, turn in enumerate(sample.turns) if turn.role == "user"), None)
+    num_images = 0 if number is None else sample.turns[number].text.count(IMAGE_PLACEHOLDER)
+    if number is None or num_images == 0:
+        return sample
+    first = sample.turns[number]
     question = first.text.replace(IMAGE_PLACEHOLDER, "").strip()
     images = "\n".join([IMAGE_PLACEHOLDER] * num_images)
-    in_front = mode == "front" or is_image_first(seed, epoch, sample.id)
-    ordered = (images, question) if in_front else (question, images)
+    ordered = (images, question) if image_first else (question, images)
     text = "\n".join(part for part in ordered if part)
-    return replace(sample, turns=(replace(first, text=text), *sample.turns[1:]))
+    return replace(sample, turns=(*sample.turns[:number], replace(first, text=text), *sample.turns[number + 1 :]))
 
 
 def place_images(question: str, num_images: int) -> str:
@@ -34,6 +46,23 @@ def place_images(question: str, num_images: int) -> str:
     return f"{IMAGE_PLACEHOLDER}\n" * num_images + question
 
 
-def is_image_first(seed: int, epoch: int, sample_id: str) -> bool:
-    """The coin of ``random`` placement."""
-    return hashlib.sha256(f"{seed}|{epoch}|{sample_id}".encode()).digest()[0] % 2 == 0
+def sample_key(sample_id: str) -> int:
+    """64 bits that stand for an id in random choices about its sample."""
+    return int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "little")
+
+
+def is_image_first(seed: int, epoch: Any, keys: Any) -> Any:
+    """The coin of ``random`` placement, for one ``sample_key`` or arrays of keys [n] and of epochs [n].
+
+    One round of splitmix64 over (seed, epoch) and one over the key: the same bits on every machine.
+    """
+    with np.errstate(over="ignore"):
+        start = _mix(np.uint64(seed % 2**64) * _ODD + np.asarray(epoch, dtype=np.uint64))
+        return (_mix(start ^ np.asarray(keys, dtype=np.uint64)) >> np.uint64(63)) == 0
+
+
+def _mix(state: Any) -> Any:
+    state = state + _ODD
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

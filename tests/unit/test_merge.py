@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from llava_ds.checkpoint.layout import list_steps, resolve_step, write_safetensors_stream
 from llava_ds.checkpoint.load import load_model
@@ -19,6 +19,7 @@ from llava_ds.data.images import ImageTransform, open_image
 from llava_ds.errors import CheckpointError
 from llava_ds.inference.session import Sampling, before_stop, load_session
 from llava_ds.schema import Turn
+from llava_ds.text.chat_template import resolve_template
 from llava_ds.text.encode import encode_prompt
 from llava_ds.text.templates import get_template
 from tests.helpers.tiny import write_run, write_world
@@ -108,6 +109,34 @@ def test_the_processor_writes_the_same_prompt(world, name):
     assert num_compared == (3 if name == "plain" else 4)
     with pytest.raises(Exception, match="knows the roles user and assistant only, not system"):
         processor.apply_chat_template([{"role": "system", "content": "Be brief."}, IMAGE_QUESTION])
+
+
+@pytest.mark.parametrize("name", ["chat_template", "mpt", "mistral"])
+def test_the_processor_writes_the_same_prompt_with_markers(tmp_path, name):
+    """A tokenizer with chat markers, and one template that is its own."""
+    write_world(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llm")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content | trim }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "llm")
+    config = json.loads((tmp_path / "llm" / "config.json").read_text())
+    LlamaForCausalLM(LlamaConfig(**config | {"vocab_size": len(tokenizer)})).save_pretrained(tmp_path / "llm")
+    run, out = write_run(tmp_path, data__template=name), tmp_path / "merged"
+    merge(run, out)
+    processor, picture = AutoProcessor.from_pretrained(out), open_image(tmp_path / "data" / "0.png")
+    num_compared = 0
+    for loaded in (load_model(run), load_model(out)):
+        for messages, num_images in CONVERSATIONS.values():
+            text = processor.apply_chat_template(messages, add_generation_prompt=name == "chat_template")
+            ids = processor(text=text, images=[picture] * num_images or None)["input_ids"][0]
+            template = resolve_template(name, loaded.tokenizer)
+            expected = encode_prompt(_turns(messages), loaded.tokenizer, template, 9)
+            assert ids == [processor.image_token_id if i == IMAGE_TOKEN_INDEX else i for i in expected], text
+            num_compared += 1
+    assert num_compared == 8
 
 
 def test_a_tokenizer_that_prepends_a_space_everywhere_gives_the_same_ids(world, tmp_path):
