@@ -1,6 +1,8 @@
-"""Which samples form an optimizer step, and which rank computes them: pure functions of (seed, epoch).
+"""The global plan of a run: which samples form each optimizer step, and which rank computes them.
 
-The global batches of an epoch are the same for every world size and micro-batch size; ranks only take shares.
+It is a pure function of (data, seed, epoch) and is known before any image is decoded. The steps of an epoch are the
+same for every world size and micro-batch size; ranks only take shares. So a run stops anywhere and goes on on any
+number of ranks: the remaining samples are the same, in the same order.
 """
 
 from __future__ import annotations
@@ -8,36 +10,56 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
+from llava_ds.data.order import Items, Part, epoch_order, group_by_length
+from llava_ds.data.packing import BatchSizes, share_step
+from llava_ds.errors import ConfigError, DataError
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, order=True)
 class Slot:
-    """One sample as it is asked for: placement depends on the epoch."""
+    """One sample as it is asked for. ``epoch`` is how often it was visited before: placement depends on it."""
 
     epoch: int
     index: int
 
 
+@dataclass(frozen=True, order=True)
+class DataState:
+    """How much of the data is done: ``position`` samples of ``epoch``, and every earlier epoch."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+START = DataState()
+
+
+class Lengths(Protocol):
+    """What the plan must know of the samples."""
+
+    def tokens(self, indices: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        """[n] int64 true lengths, images included. They may depend on the pass, as placement does."""
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """[n] int64 numbers of images."""
+
+
 @dataclass(frozen=True)
 class StepPlan:
-    """The micro-batches of one optimizer step: ``micro_batches[accumulation][rank]`` lists slots.
+    """One optimizer step.
 
-    A list may be empty in the last step of an epoch; its rank computes a dummy then.
+    ``slots`` are its samples in the global order. ``micro_batches[micro-step][rank]`` share them out; every rank has
+    as many micro-steps, but a list may be empty where there are fewer samples than micro-batches: its rank computes
+    a dummy. ``state_after`` is where the data stands when the step is done.
     """
 
+    slots: tuple[Slot, ...]
     micro_batches: tuple[tuple[tuple[Slot, ...], ...], ...]
-
-    @property
-    def slots(self) -> tuple[Slot, ...]:
-        """Every sample of the step."""
-        return tuple(slot for row in self.micro_batches for share in row for slot in share)
-
-
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """[num_samples] the permutation of an epoch."""
-    return np.random.default_rng((seed, epoch)).permutation(num_samples)
+    state_after: DataState
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
@@ -45,49 +67,69 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     return math.ceil(num_samples / global_batch_size)
 
 
-def plan_step(
-    lengths: Sequence[int], order: np.ndarray, epoch: int, index: int, batch: BatchSizes
-) -> StepPlan:
-    """The plan of step ``index`` of an epoch.
+def plan_step(items: Items, lengths: Lengths, batch: BatchSizes, state_after: DataState) -> StepPlan:
+    """The plan of one step of these samples. Raises ConfigError for a sample longer than ``batch.max_tokens``."""
+    shares = share_step(lengths.tokens(items.indices, items.passes), lengths.images(items.indices), batch)
+    slots = tuple(map(Slot, items.passes.tolist(), items.indices.tolist()))
+    rows = tuple(tuple(tuple(slots[i] for i in share.tolist()) for share in row) for row in shares)
+    return StepPlan(slots, rows, state_after)
 
-    Samples are dealt by falling length, back and forth over the micro-batches, so that every one holds about
-    as many tokens as the others and no rank waits for the longest.
+
+def plan_run(
+    parts: Sequence[Part],
+    lengths: Lengths,
+    seed: int,
+    batch: BatchSizes,
+    num_steps: int | None = None,
+    start: DataState = START,
+    length_groups: int = 1,
+) -> Iterator[StepPlan]:
+    """The plans of the next ``num_steps`` steps (without a number: for ever), epoch after epoch.
+
+    Every step holds exactly ``global_batch_size`` samples, except the last of an epoch, which holds what is left: as
+    the loss is averaged over the step's supervised tokens, those samples weigh more in their step.
+
+    Args:
+        start: ``state_after`` of the last step that was done.
+        length_groups: sorts so many global batches together by length before cutting them into steps; for padded
+            batches. Above 1, the order depends on ``global_batch_size``, which then must stay the same on resume.
+
+    Raises:
+        ConfigError: a sample is longer than ``batch.max_tokens``, or ``start`` lies inside a global batch.
+        DataError: there are no samples, or fewer than ``start`` says are done.
     """
-    members = order[index * batch.global_batch_size : (index + 1) * batch.global_batch_size]
-    by_length = sorted((int(i) for i in members), key=lambda i: (-lengths[i], i))
-    num_shares = batch.world_size * batch.grad_accum_steps
-    shares: list[list[Slot]] = [[] for _ in range(num_shares)]
-    for turn in range(0, len(by_length), num_shares):
-        dealt = by_length[turn : turn + num_shares]
-        targets = range(num_shares) if (turn // num_shares) % 2 == 0 else range(num_shares - 1, -1, -1)
-        for target, sample in zip(targets, dealt, strict=False):
-            shares[target].append(Slot(epoch, sample))
-    rows = [
-        tuple(tuple(share) for share in shares[row * batch.world_size : (row + 1) * batch.world_size])
-        for row in range(batch.grad_accum_steps)
-    ]
-    return StepPlan(tuple(rows))
+    if not any(len(part.indices) for part in parts):
+        raise DataError("there are no samples to plan: every data set is empty. Look at data.path.")
+    done, epoch, position = 0, start.epoch, start.position
+    while num_steps is None or done < num_steps:
+        items = _final_order(parts, lengths, seed, epoch, batch.global_batch_size, length_groups)
+        _check_start(epoch, position, len(items), batch.global_batch_size, length_groups)
+        while position < len(items) and (num_steps is None or done < num_steps):
+            step = items[position : position + batch.global_batch_size]
+            position, done = position + len(step), done + 1
+            is_last = position == len(items)
+            yield plan_step(step, lengths, batch, DataState(epoch + 1) if is_last else DataState(epoch, position))
+        epoch, position = epoch + 1, 0
 
 
-@dataclass(frozen=True)
-class BatchSizes:
-    """global_batch_size = micro_batch_size * world_size * grad_accum_steps."""
-
-    global_batch_size: int
-    micro_batch_size: int
-    world_size: int
-
-    @property
-    def grad_accum_steps(self) -> int:
-        """Micro-batches of one rank in one optimizer step."""
-        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+def _final_order(
+    parts: Sequence[Part], lengths: Lengths, seed: int, epoch: int, global_batch_size: int, length_groups: int
+) -> Items:
+    items = epoch_order(parts, seed, epoch)
+    if length_groups == 1:
+        return items
+    tokens = lengths.tokens(items.indices, items.passes)
+    return group_by_length(items, tokens, length_groups, global_batch_size, (seed, epoch))
 
 
-def plan_run(lengths: Sequence[int], seed: int, num_steps: int, batch: BatchSizes) -> Iterator[StepPlan]:
-    """The plans of a whole run, epoch after epoch."""
-    per_epoch = steps_per_epoch(len(lengths), batch.global_batch_size)
-    for step in range(num_steps):
-        epoch, index = divmod(step, per_epoch)
-        if index == 0 or step == 0:
-            order = epoch_order(len(lengths), seed, epoch)
-        yield plan_step(lengths, order, epoch, index, batch)
+def _check_start(epoch: int, position: int, num_items: int, global_batch_size: int, length_groups: int) -> None:
+    if position > num_items:
+        raise DataError(
+            f"{position} samples of epoch {epoch} are done, but the epoch has only {num_items}.\n"
+            "  Resume with the data sets and weights of the run that wrote the checkpoint."
+        )
+    if length_groups > 1 and position % global_batch_size and position != num_items:
+        raise ConfigError(
+            f"{position} samples of epoch {epoch} are done, which is no multiple of global_batch_size="
+            f"{global_batch_size}.\n  With length_groups={length_groups} the order depends on it: keep it on resume."
+        )
