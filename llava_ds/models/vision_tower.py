@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llava_ds.errors import CheckpointError, ConfigError
+from llava_ds.ops.normalise import normalise_levels
 
 TOWER_CONFIG_FILE = "tower_config.json"
 
@@ -83,10 +84,15 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[I, 3, H, W] -> [I, P, C] patch features. Raises ValueError for another picture size."""
+        """[I, 3, H, W] -> [I, P, C] patch features. uint8 levels are normalised here, floats are so already.
+
+        Raises ValueError for another picture size.
+        """
         size = self.spec.image_size
         if tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}; the tower takes [I, 3, {size}, {size}]")
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalise_levels(pixel_values, self.spec.image_mean, self.spec.image_std)
         dtype = self.visual.conv1.weight.dtype
         out = self.visual.forward_intermediates(
             pixel_values.to(dtype), indices=[self.block], stop_early=True, intermediates_only=True, output_fmt="NLC"
