@@ -1,34 +1,71 @@
-"""LLaVA JSON: a list of ``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...]}``."""
+"""LLaVA JSON: ``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...]}`` in a list, or one a line.
+
+``image`` is a path or a list of paths.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_ds.data.jsonl import JsonlFile, open_jsonl, parse_line
 from llava_ds.errors import DataError
 from llava_ds.schema import Role, Sample, Turn
 
 _ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-def read_llava_json(path: Path, on_bad_sample: str = "error") -> tuple[list[Sample], Counter[str]]:
-    """The samples of a file, and how many records were skipped by reason (``on_bad_sample="skip"``).
+@dataclass(frozen=True)
+class LlavaJson:
+    """A JSON list, held in memory. A ``Source``."""
 
-    Raises DataError for a missing or broken file, and for the first bad record when ``on_bad_sample="error"``.
-    """
+    name: str
+    fingerprint: str
+    records: list[Any]
+    image_root: Path
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        return parse_record(self.records[index], f"{self.name}[{index}]", self.image_root)
+
+
+@dataclass(frozen=True)
+class LlavaJsonl:
+    """A JSONL file of any size, read line by line when asked. A ``Source``."""
+
+    file: JsonlFile
+    image_root: Path
+
+    @property
+    def name(self) -> str:
+        return self.file.path.name
+
+    @property
+    def fingerprint(self) -> str:
+        return self.file.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def __getitem__(self, index: int) -> Sample:
+        origin = f"{self.name}:{self.file.line_number(index)}"
+        return parse_record(parse_line(self.file[index], origin), origin, self.image_root)
+
+
+def open_llava_json(path: Path, image_root: Path) -> LlavaJson:
+    """A LLaVA JSON file as a source. Raises DataError for a missing or broken file."""
     records = read_json_list(path, "a LLaVA JSON file as data.path")
-    samples: list[Sample] = []
-    skipped: Counter[str] = Counter()
-    for number, record in enumerate(records):
-        try:
-            samples.append(_parse_record(record, f"{path.name}[{number}]"))
-        except DataError as error:
-            if on_bad_sample != "skip":
-                raise
-            skipped[error.reason] += 1
-    return samples, skipped
+    return LlavaJson(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), records, image_root)
+
+
+def open_llava_jsonl(path: Path, image_root: Path) -> LlavaJsonl:
+    """A JSONL file as a source; the first open writes its index. Raises DataError for a missing or broken file."""
+    return LlavaJsonl(open_jsonl(path), image_root)
 
 
 def read_json_list(path: Path, wanted: str) -> list[Any]:
@@ -36,28 +73,40 @@ def read_json_list(path: Path, wanted: str) -> list[Any]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; give {wanted}")
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}); give {wanted}") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}; give {wanted}") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: nested too deeply to be {wanted}") from error
     if not isinstance(records, list) or not records:
         got = "an empty list" if records == [] else type(records).__name__
         raise DataError(f"{path}: expected a list of records, got {got}; give {wanted}")
     return records
 
 
-def _parse_record(record: Any, origin: str) -> Sample:
+def parse_record(record: Any, origin: str, image_root: Path) -> Sample:
+    """One record, its relative image paths taken from ``image_root``. Raises DataError that names it by ``origin``."""
     if not isinstance(record, dict):
         raise DataError(f"{origin}: expected an object, got {type(record).__name__}", reason="not an object")
     if "id" not in record:
         raise DataError(
             f"{origin}: no 'id'; every record needs one, because placement is a function of it", reason="no 'id'"
         )
-    where = f"{origin} id={str(record['id'])!r}"
-    images = record.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+    if not isinstance(record["id"], str | int) or isinstance(record["id"], bool):
+        raise DataError(f"{origin}: 'id' must be text or a number, got {record['id']!r:.80}", reason="'id' is no text")
+    try:
+        return _parse_known(record, str(record["id"]), origin, image_root)
+    except DataError as error:
+        raise DataError(str(error), error.reason, str(record["id"])) from error
+
+
+def _parse_known(record: dict[str, Any], sample_id: str, origin: str, image_root: Path) -> Sample:
+    where = f"{origin} id={sample_id!r}"
+    images = record.get("image")
+    images = [] if images in (None, "") else [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise DataError(
             f"{where}: 'image' must be a path or a list of paths, got {images!r}", reason="'image' is no path or list"
         )
@@ -73,7 +122,19 @@ def _parse_record(record: Any, origin: str) -> Sample:
             reason="'conversations' is empty",
         )
     turns = tuple(_parse_turn(turn, f"{where} turn {number}") for number, turn in enumerate(conversations))
-    return Sample(str(record["id"]), tuple(images), turns, origin)
+    check_unicode(where, sample_id, *images, *(turn.text for turn in turns))
+    return Sample(sample_id, tuple(str(image_root / image) for image in images), turns, origin)
+
+
+def check_unicode(where: str, *texts: str) -> None:
+    """Raises DataError for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: not Unicode text: {error}; repair the \\u escapes of the record", reason="not Unicode text"
+        ) from error
 
 
 def _parse_turn(turn: Any, where: str) -> Turn:
