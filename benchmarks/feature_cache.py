@@ -18,7 +18,7 @@ from PIL import Image
 
 from llava_ds.data.feature_cache import open_feature_cache
 from llava_ds.data.images import ImageTransform
-from llava_ds.data.sampler import epoch_order
+from llava_ds.data.order import permutation
 from llava_ds.models.vision_tower import build_tower
 
 TOWER = "ViT-B-32"
@@ -99,7 +99,7 @@ def write_pictures(folder: Path, num_pictures: int) -> list[Path]:
 
 def plan_batches(files: Sequence[Path], epoch: int, size: int) -> list[Sequence[Path]]:
     """The files in the order of an epoch, ``size`` at a time."""
-    return split([files[number] for number in epoch_order(len(files), 0, epoch)], size)
+    return split([files[number] for number in permutation(len(files), 0, epoch)], size)
 
 
 def split(files: Sequence[Path], size: int) -> list[Sequence[Path]]:

@@ -48,22 +48,72 @@ class ModelConfig(_Strict):
     """Blind runs: the patch features are zeros."""
 
 
+class SourceConfig(_Strict):
+    """Where records come from."""
+
+    path: str
+    """File, folder, or URL of shards."""
+    format: str = "auto"
+    """``auto`` looks at the path; else llava_json, llava_jsonl, captions, scienceqa, hf_dataset or shards."""
+    image_root: str | None = None
+    """Where relative image paths start; None is the folder of the data."""
+    split: str | None = None
+    """Of ScienceQA (None is train) and of Hugging Face data sets."""
+    prompt_format: str = "QCM-LEA"
+    """Of ScienceQA: what is asked and what is answered."""
+    weight: float = Field(1.0, gt=0)
+    """How often a mixture visits each record in an epoch: 0.5 is every other epoch, 2 twice."""
+
+
 class DataConfig(_Strict):
     """What is read, and how it becomes batches."""
 
-    path: str
+    path: str | None = None
+    """One source: with format, image_root, split and prompt_format as in ``SourceConfig``. Or give ``mixture``."""
+    format: str = "auto"
     image_root: str | None = None
+    split: str | None = None
+    prompt_format: str = "QCM-LEA"
+    mixture: list[SourceConfig] = Field(default_factory=list)
+    """Several sources, by weight."""
     template: str
     placement: Literal["random", "as_data", "front"]
     max_length: int = Field(2048, ge=2)
     """Tokens of a sample at most, image patches counted."""
+    truncation: Literal["error", "drop_sample", "drop_last_turns", "official", "none"] = "drop_last_turns"
+    """What becomes of a longer sample (see docs/data.md); whatever is left out is counted."""
     image_aspect_ratio: Literal["square", "pad"] = "square"
     num_workers: int = Field(4, ge=0)
     feature_cache: str | None = None
     """Folder of a cache of the frozen tower's features; None computes them every time."""
     on_bad_sample: Literal["error", "skip"] = "error"
+    max_bad_frac: float = Field(0.01, ge=0, le=1)
+    """With ``skip``: the run ends when more than this share of the samples seen had a picture that did not decode."""
+    length_groups: int = Field(1, ge=1)
+    """Global batches that are sorted by length together before they are cut into steps; 1 is a plain shuffle."""
     packing: Literal["auto", "packed", "padded"] = "auto"
     """``auto``: packed where flash attention runs, padded elsewhere (see ``resolve_packing``)."""
+
+    @model_validator(mode="after")
+    def _one_way_to_name_sources(self) -> DataConfig:
+        if (self.path is None) == (not self.mixture):
+            raise ValueError("give either data.path or data.mixture (a list of sources)")
+        alone = {"format": "auto", "image_root": None, "split": None, "prompt_format": "QCM-LEA"}
+        misplaced = [f"data.{key}" for key, value in alone.items() if self.mixture and getattr(self, key) != value]
+        if misplaced:
+            raise ValueError(f"{', '.join(misplaced)} belongs to data.path; give it in each source of data.mixture")
+        return self
+
+    def sources(self) -> list[SourceConfig]:
+        """The sources, one or many."""
+        if self.path is None:
+            return self.mixture
+        return [
+            SourceConfig(
+                path=self.path, format=self.format, image_root=self.image_root, split=self.split,
+                prompt_format=self.prompt_format, weight=1.0,
+            )
+        ]
 
 
 class TrainConfig(_Strict):
@@ -77,6 +127,9 @@ class TrainConfig(_Strict):
     micro_batch_size: int = Field(ge=1)
     """Samples of one forward pass of one rank. Where that is more than a rank's share of global_batch_size, the share
     is taken instead: one recipe fits few ranks and many (see ``resolve_micro_batch``)."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Token positions of one forward pass of one rank at most. A step whose samples do not fit is split into more
+    micro-batches; the global batch stays."""
     learning_rate: float = Field(gt=0)
     projector_learning_rate: float | None = Field(None, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -184,6 +237,8 @@ def resolve_prepared(config: RunConfig, prepared: Path) -> RunConfig:
     def substitute(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: substitute(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [substitute(item) for item in value]
         return value.replace(PREPARED, str(prepared)) if isinstance(value, str) else value
 
     return RunConfig.model_validate(substitute(config.model_dump()))

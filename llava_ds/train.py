@@ -102,16 +102,17 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
         ranks,
     )
     optimizer = build_optimizer(model, config.train)
-    scheduler = build_scheduler(optimizer, config.train, data.num_steps)
+    scheduler = build_scheduler(optimizer, config.train, data.plan.num_steps)
     engine = backend.initialize_engine(model, optimizer, scheduler, ds_config)
 
     lock = start_run(run_dir, config, ds_config, model, attention, packing, initial_weights, data, ranks)
     settings = LoopSettings(
-        ranks.world_size, data.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps, device
+        ranks.world_size, data.plan.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps,
+        device, config.data.max_bad_frac,
     )
     save = partial(save_step, engine, run_dir, keep_last=config.train.keep_last, is_main=ranks.is_main)
-    trackers = build_trackers(run_dir, data.num_steps, config, ranks)
-    progress = train(engine, data.loader, data.plans(), data.supervised_tokens, settings, trackers, save)
+    trackers = build_trackers(run_dir, data.plan.num_steps, config, ranks)
+    progress = train(engine, data.loader, data.plan.steps(), data.plan.supervised_tokens, settings, trackers, save)
     finish_run(run_dir, config, progress, time.time() - started, ranks)
     del partitioned, lock
 

@@ -8,27 +8,59 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 
 from llava_ds.config import RunConfig
 from llava_ds.data.collator import Collator
-from llava_ds.data.dataset import (
-    EncodedLengths,
-    LlavaDataset,
-    TextPipeline,
-    check_images_exist,
-    drop_unreadable_images,
-    measure_samples,
-)
+from llava_ds.data.dataset import LlavaDataset
 from llava_ds.data.feature_cache import open_feature_cache
+from llava_ds.data.formats import open_source
 from llava_ds.data.images import ImageTransform
-from llava_ds.data.llava_json import read_llava_json
+from llava_ds.data.lengths import LengthTable, join_lengths, measure_source
 from llava_ds.data.loader import BatchStream, build_loader
-from llava_ds.data.sampler import BatchSizes, StepPlan, plan_run, steps_per_epoch
+from llava_ds.data.mixture import JoinedSources
+from llava_ds.data.order import Part, epoch_size
+from llava_ds.data.packing import BatchSizes, Packing
+from llava_ds.data.sampler import START, DataState, StepPlan, plan_run, steps_per_epoch
+from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.distributed import Ranks, run_on_main_first
-from llava_ds.schema import Sample
+from llava_ds.errors import ConfigError, DataError
+from llava_ds.schema import Image, StoredImage
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The whole order of a run, known before any image is decoded; the same on every rank.
+
+    ``parts`` are the good records of each source, by their numbers in ``source``.
+    """
+
+    source: JoinedSources
+    lengths: LengthTable
+    parts: tuple[Part, ...]
+    seed: int
+    batch: BatchSizes
+    length_groups: int
+    num_steps: int
+
+    def steps(self, start: DataState = START, num_done: int = 0) -> Iterator[StepPlan]:
+        """The plan of every step from ``start`` on, ``num_done`` of which are done."""
+        return plan_run(
+            self.parts, self.lengths, self.seed, self.batch, self.num_steps - num_done, start, self.length_groups
+        )
+
+    def supervised_tokens(self, plan: StepPlan) -> int:
+        """Supervised tokens of a step, over all ranks and micro-batches."""
+        indices = np.array([slot.index for slot in plan.slots])
+        return int(self.lengths.supervised(indices, np.array([slot.epoch for slot in plan.slots])).sum())
+
+    @property
+    def num_samples(self) -> int:
+        """Good records, each counted once."""
+        return sum(len(part.indices) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -36,19 +68,8 @@ class TrainingData:
     """Everything that the loop asks of the data."""
 
     loader: BatchStream
-    lengths: EncodedLengths
-    seed: int
-    num_steps: int
-    batch: BatchSizes
+    plan: DataPlan
     skipped: Counter[str]
-
-    def plans(self) -> Iterator[StepPlan]:
-        """The plan of every step."""
-        return plan_run(self.lengths.num_tokens, self.seed, self.num_steps, self.batch)
-
-    def supervised_tokens(self, plan: StepPlan) -> int:
-        """Supervised tokens of a step, over all ranks and micro-batches."""
-        return sum(self.lengths.num_supervised[slot.index] for slot in plan.slots)
 
 
 def build_training_data(
@@ -61,7 +82,7 @@ def build_training_data(
     compute_features: Callable[[torch.Tensor], torch.Tensor],
     ranks: Ranks,
 ) -> TrainingData:
-    """Reads, checks and measures the data, plans the run, and builds this rank's loader.
+    """Opens, checks and measures the data, plans the run, and builds this rank's loader.
 
     Args:
         packing: ``packed`` or ``padded``, resolved.
@@ -72,57 +93,98 @@ def build_training_data(
     Raises:
         DataError: a bad or missing file, record or image, unless ``data.on_bad_sample`` is ``skip``.
     """
-    samples, skipped = read_llava_json(Path(config.data.path), config.data.on_bad_sample)
-    root = Path(config.data.image_root or Path(config.data.path).parent).absolute()  # a cache may outlive this cwd
+    settings = config.data
     text = TextPipeline(
-        tokenizer, config.data.template, config.data.placement, feature_shape[0], config.data.max_length, config.seed
+        tokenizer, settings.template, settings.placement, feature_shape[0], settings.max_length, config.seed,
+        settings.truncation,
     )
-    if config.data.on_bad_sample == "skip":
-        samples, unreadable = drop_unreadable_images(samples, root)
-        skipped += unreadable
-    else:
-        check_images_exist(samples, root)
-    samples, lengths, skipped = measure_samples(samples, text, config.data.on_bad_sample, skipped)
-
-    train = config.train
-    sizes = BatchSizes(train.global_batch_size, train.micro_batch_size, ranks.world_size)
-    num_steps = max(1, round(train.epochs * steps_per_epoch(len(samples), train.global_batch_size)))
-    num_steps = min(num_steps, train.max_steps or num_steps)
-
-    has_images = any(sample.images for sample in samples)
-    load_image: Callable[[Path], torch.Tensor] = transform
-    dummy = torch.zeros(3, transform.image_size, transform.image_size)
-    if config.data.feature_cache and has_images:
-        load_image = _open_feature_cache(
-            config, samples, root, transform, feature_shape, tower_key, compute_features, ranks
-        )
-    features = not has_images or bool(config.data.feature_cache)
+    plan = plan_data(config, packing, text, ranks)
+    has_images = bool(plan.lengths.rows["num_images"][_all_indices(plan.parts)].any())
+    load_image: Callable[[Image], torch.Tensor] = transform.levels
+    blank = torch.zeros((3, transform.image_size, transform.image_size), dtype=torch.uint8)
+    if settings.feature_cache and has_images:
+        load_image = _open_feature_cache(config, plan, transform, feature_shape, tower_key, compute_features, ranks)
+    features = not has_images or bool(settings.feature_cache)
     if features:
-        dummy = torch.zeros(feature_shape)
+        blank = torch.zeros(feature_shape)
     loader = build_loader(
-        LlavaDataset(samples, text, root, load_image),
-        Collator(packing, dummy, features),
-        lengths.num_tokens,
-        config.seed,
-        num_steps,
-        sizes,
+        LlavaDataset(plan.source, text, load_image, blank, settings.on_bad_sample == "skip"),
+        Collator(packing, blank, features),
+        plan.steps,
         ranks.rank,
-        config.data.num_workers,
+        settings.num_workers,
     )
-    return TrainingData(loader, lengths, config.seed, num_steps, sizes, skipped)
+    return TrainingData(loader, plan, plan.lengths.skipped())
+
+
+def plan_data(config: RunConfig, packing: str, text: TextPipeline, ranks: Ranks) -> DataPlan:
+    """Opens and measures every source (rank 0 first, the others find what it kept) and plans the run."""
+    settings, train = config.data, config.train
+    entries = settings.sources()
+
+    def open_and_measure() -> tuple[JoinedSources, list[LengthTable]]:
+        sources = [
+            open_source(entry.path, entry.format, entry.image_root, entry.split, entry.prompt_format)
+            for entry in entries
+        ]
+        log = print if ranks.is_main else _silent
+        return JoinedSources(sources), [
+            measure_source(source, text, settings.on_bad_sample, log=log) for source in sources
+        ]
+
+    source, tables = run_on_main_first(ranks, open_and_measure)
+    parts = tuple(
+        Part(start + table.good(), entry.weight)
+        for start, table, entry in zip(source.starts, tables, entries, strict=False)
+    )
+    lengths = join_lengths(tables)
+    if not any(len(part.indices) for part in parts):
+        skipped = lengths.skipped()
+        raise DataError(f"no sample is left to train on; {sum(skipped.values())} were skipped: {dict(skipped)}")
+    longest = int(lengths.rows["num_tokens"][_all_indices(parts)].max())
+    budget = train.micro_batch_tokens
+    if budget is not None and longest > budget:
+        raise ConfigError(
+            f"train.micro_batch_tokens={budget}, but a sample has {longest} tokens.\n  Raise it, or lower "
+            f"data.max_length={settings.max_length}, so that samples are cut."
+        )
+    batch = BatchSizes(
+        train.global_batch_size, train.micro_batch_size, ranks.world_size, cast(Packing, packing), budget
+    )
+    num_steps = _num_steps(parts, train.epochs, train.global_batch_size)
+    return DataPlan(
+        source, lengths, parts, config.seed, batch, settings.length_groups,
+        min(num_steps, train.max_steps or num_steps),
+    )
+
+
+def _num_steps(parts: Sequence[Part], epochs: float, global_batch_size: int) -> int:
+    """Steps of whole epochs, and of a share of the next one."""
+    whole = int(epochs)
+    steps = sum(steps_per_epoch(epoch_size(parts, epoch), global_batch_size) for epoch in range(whole))
+    return max(1, steps + round((epochs - whole) * steps_per_epoch(epoch_size(parts, whole), global_batch_size)))
+
+
+def _all_indices(parts: Sequence[Part]) -> np.ndarray:
+    return np.concatenate([part.indices for part in parts])
 
 
 def _open_feature_cache(
     config: RunConfig,
-    samples: Sequence[Sample],
-    root: Path,
+    plan: DataPlan,
     transform: ImageTransform,
     feature_shape: tuple[int, int],
     tower_key: str,
     compute_features: Callable[[torch.Tensor], torch.Tensor],
     ranks: Ranks,
-) -> Callable[[Path], torch.Tensor]:
-    images = sorted({root / name for sample in samples for name in sample.images})
+) -> Callable[[Image], torch.Tensor]:
+    images: set[Image] = {image for i in _all_indices(plan.parts).tolist() for image in plan.source[i].images}
+    if any(isinstance(image, StoredImage) for image in images):
+        raise ConfigError(
+            "data.feature_cache needs pictures that are files, and some of data.path are stored in shards or tables; "
+            "leave it out"
+        )
+    files = sorted(Path(str(image)) for image in images)
     key = hashlib.sha256(f"{tower_key}|{config.train.precision}|{transform}".encode()).hexdigest()[:16]
     folder = Path(str(config.data.feature_cache)) / key
 
@@ -130,13 +192,14 @@ def _open_feature_cache(
         num_threads = torch.get_num_threads()
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other ranks wait
         try:
-            return compute_features(torch.stack([transform(file) for file in files]))
+            return compute_features(torch.stack([transform.levels(file) for file in files]))
         finally:
             torch.set_num_threads(num_threads)
 
     log = print if ranks.is_main else _silent
-    return run_on_main_first(ranks, lambda: open_feature_cache(folder, images, feature_shape, compute, log=log))
+    cache = run_on_main_first(ranks, lambda: open_feature_cache(folder, files, feature_shape, compute, log=log))
+    return lambda image: cache(Path(str(image)))
 
 
 def _silent(_: str) -> None:
-    """Ranks other than 0 find the cache filled, and say nothing."""
+    """Ranks other than 0 find everything made, and say nothing."""

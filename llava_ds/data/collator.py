@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from llava_ds.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -30,8 +31,7 @@ class Collator:
         input_ids, labels, position_ids, attention_mask = rows
         loss_rows, loss_labels = plan_loss(labels)
         lengths = [len(example.encoded.input_ids) for example in examples] or [1]
-        stacks = [example.images for example in examples if example.images is not None]
-        images = torch.cat(stacks) if stacks else self.dummy_image[None]
+        images = _stack([image for example in examples for image in example.images] or [self.dummy_image])
         packed = attention_mask is None
         return Batch(
             input_ids=input_ids,
@@ -46,6 +46,7 @@ class Collator:
             loss_labels=loss_labels,
             num_supervised=int((loss_labels != IGNORE_INDEX).sum()),
             sample_ids=tuple(example.encoded.id for example in examples),
+            problems=tuple(example.problem for example in examples if example.problem),
         )
 
     def _packed_rows(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
@@ -58,7 +59,7 @@ class Collator:
             for label in (IGNORE_INDEX, *example.encoded.labels[1:])
         ] or [IGNORE_INDEX]
         positions = [p for example in examples for p in range(len(example.encoded.input_ids))] or [0]
-        return torch.tensor([ids]), torch.tensor([labels]), torch.tensor([positions]), None
+        return _row(ids), _row(labels), _row(positions), None
 
     def _padded_rows(
         self, examples: Sequence[Example]
@@ -71,11 +72,23 @@ class Collator:
         mask[:, 0] = True
         for row, example in enumerate(examples):
             length = len(example.encoded.input_ids)
-            ids[row, :length] = torch.tensor(example.encoded.input_ids)
-            labels[row, 1:length] = torch.tensor(example.encoded.labels[1:])
+            ids[row, :length] = _row(example.encoded.input_ids)[0]
+            labels[row, 1:length] = _row(example.encoded.labels[1:])[0]
             mask[row, :length] = True
         positions = torch.arange(shape[1]).expand(shape).clone()
         return ids, labels, positions, mask
+
+
+def _row(values: Sequence[int]) -> torch.Tensor:
+    """[1, T]; through numpy, as torch takes three times as long to read a list."""
+    return torch.from_numpy(np.array([values], dtype=np.int64))
+
+
+def _stack(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[I, ...] in the memory layout of the images: pictures have their channels last."""
+    if images[0].ndim != 3:
+        return torch.stack(list(images))
+    return torch.stack([image.movedim(0, -1) for image in images]).movedim(-1, 1)
 
 
 def plan_loss(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from llava_ds.data.collator import Collator
 from llava_ds.data.dataset import Example, LlavaDataset
-from llava_ds.data.sampler import BatchSizes, Slot, plan_run
+from llava_ds.data.sampler import Slot, StepPlan
 from llava_ds.errors import DataError
 from llava_ds.schema import Batch
 
@@ -18,12 +18,12 @@ from llava_ds.schema import Batch
 class _RankBatches(torch.utils.data.Sampler[list[Slot]]):
     """Lists of slots for one rank, micro-batch after micro-batch."""
 
-    def __init__(self, lengths: list[int], seed: int, num_steps: int, batch: BatchSizes, rank: int) -> None:
-        self.args = (lengths, seed, num_steps, batch)
+    def __init__(self, plans: Callable[[], Iterator[StepPlan]], rank: int) -> None:
+        self.plans = plans
         self.rank = rank
 
     def __iter__(self) -> Iterator[list[Slot]]:
-        for plan in plan_run(*self.args):
+        for plan in self.plans():
             for row in plan.micro_batches:
                 yield list(row[self.rank])
 
@@ -72,20 +72,17 @@ class BatchStream:
 def build_loader(
     dataset: LlavaDataset,
     collator: Collator,
-    lengths: list[int],
-    seed: int,
-    num_steps: int,
-    batch: BatchSizes,
+    plans: Callable[[], Iterator[StepPlan]],
     rank: int,
     num_workers: int,
 ) -> BatchStream:
-    """Micro-batches of a rank for a whole run. The number of workers changes nothing but the speed."""
+    """The micro-batches of a rank, in the order of the plans. The number of workers changes nothing but the speed."""
     options: dict[str, Any] = {}
     if num_workers:
         options = {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork"}
     loader = torch.utils.data.DataLoader(
         _Caught(dataset),
-        batch_sampler=_RankBatches(lengths, seed, num_steps, batch, rank),
+        batch_sampler=_RankBatches(plans, rank),
         collate_fn=_CollateUnlessFailed(collator),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),

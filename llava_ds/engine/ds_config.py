@@ -91,6 +91,13 @@ def resolve_ds_config(raw: dict[str, Any], train: TrainConfig, world_size: int, 
         for key in _autos(resolved)
         if key not in filled_later
     ]
+    zero = resolved["zero_optimization"]
+    if train.micro_batch_tokens and accumulation == 1 and zero.get("stage") in (1, 2) and zero.get("offload_optimizer"):
+        # DeepSpeed 0.19 decides by the stated number whether offloaded gradients of micro-batches are added up.
+        problems.append(
+            f"zero_optimization.offload_optimizer: with stage {zero['stage']} and train.micro_batch_tokens, let a step "
+            "have at least two micro-batches (lower train.micro_batch_size), or take stage 3"
+        )
     problems += check_ds_config({key: value for key, value in resolved.items() if key in KNOWN_KEYS})
     if problems:
         raise _refusal(where, problems)

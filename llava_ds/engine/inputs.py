@@ -7,7 +7,7 @@ from pathlib import Path
 from llava_ds.config import RunConfig
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.models.vision_tower import check_tower
-from llava_ds.text.templates import get_template
+from llava_ds.text.templates import CHAT_TEMPLATE, get_template
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -17,17 +17,20 @@ def check_inputs(config: RunConfig) -> None:
     """
     settings, files = [], []
     try:
-        get_template(config.data.template)
+        if config.data.template != CHAT_TEMPLATE:
+            get_template(config.data.template)
     except ConfigError as error:
         settings.append(str(error))
     try:
         check_tower(config.model.vision_tower, config.model.vision_pretrained)
     except ConfigError as error:
         settings.append(str(error))
-    if not Path(config.data.path).is_file():
-        files.append(f"data.path={config.data.path}: no such file; give a LLaVA JSON file")
-    if config.data.image_root is not None and not Path(config.data.image_root).is_dir():
-        files.append(f"data.image_root={config.data.image_root}: no such folder, so all image file(s) are missing")
+    for source in config.data.sources():
+        is_local = "://" not in source.path and "{" not in source.path
+        if is_local and not Path(source.path).exists():
+            files.append(f"data.path={source.path}: no such file or folder; give the training data")
+        if source.image_root is not None and not Path(source.image_root).is_dir():
+            files.append(f"data.image_root={source.image_root}: no such folder, so all image file(s) are missing")
     problems = "\n".join(settings + files)
     if files:
         raise DataError(problems)

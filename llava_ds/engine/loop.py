@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from llava_ds.data.sampler import StepPlan
-from llava_ds.errors import ConfigError
+from llava_ds.data.sampler import START, DataState, StepPlan
+from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import Batch
 
 
@@ -32,9 +32,11 @@ class LoopSettings:
 
     world_size: int
     grad_accum_steps: int
+    """Of a whole step, as DeepSpeed was told; a step may take more (``train.micro_batch_tokens``) or fewer."""
     loss_averaging: str
     save_steps: int | None
     device: torch.device
+    max_bad_frac: float = 0.0
 
 
 @dataclass
@@ -45,6 +47,10 @@ class Progress:
     samples_seen: int = 0
     tokens_seen: int = 0
     loss: float = float("nan")
+    bad_samples: int = 0
+    """Samples seen whose picture was bad (``data.on_bad_sample=skip``)."""
+    data_state: DataState = START
+    """Where the data goes on after this step."""
 
 
 def train(
@@ -62,7 +68,8 @@ def train(
     micro-batches, so its gradients do not depend on how the step is split; with ``per_micro_batch`` every
     micro-batch of every rank is averaged by itself first, as the official trainer does.
 
-    Raises ConfigError on every rank when the loss of a step is not finite.
+    Raises ConfigError on every rank when the loss of a step is not finite, and DataError on every rank when too many
+    pictures were bad.
     """
     progress = Progress()
     stream = iter(batches)
@@ -71,16 +78,21 @@ def train(
         started = time.perf_counter()
         lr = engine.get_lr()[0]
         denominator = max(1, supervised_tokens(plan))
-        totals = torch.zeros(3, dtype=torch.float64)  # loss, tokens, seconds spent waiting for data
-        for _ in range(settings.grad_accum_steps):
+        totals = torch.zeros(4, dtype=torch.float64)  # loss, tokens, seconds spent waiting for data, bad samples
+        num_micro_steps = len(plan.micro_batches)
+        for micro_step in range(num_micro_steps):
             waiting = time.perf_counter()
             batch = next(stream)
             totals[2] += time.perf_counter() - waiting
-            share = _step_share(batch, denominator, settings)
+            totals[3] += len(batch.problems)
+            for problem in batch.problems:
+                print(f"left out of step {progress.step + 1}: {problem}")
+            share = _step_share(batch, denominator, num_micro_steps, settings)
+            engine.set_gradient_accumulation_boundary(micro_step == num_micro_steps - 1)
             loss = engine(batch.to(settings.device)) * share
             totals[0] += loss.item()
             totals[1] += batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
-            # DeepSpeed averages over ranks and accumulation steps; ours is a sum.
+            # DeepSpeed averages over ranks and over the accumulation steps that it was told; ours is a sum.
             engine.backward(loss * (settings.world_size * settings.grad_accum_steps))
             engine.step()
         totals = _sum_over_ranks(totals, settings)
@@ -88,6 +100,9 @@ def train(
         progress.samples_seen += len(plan.slots)
         progress.tokens_seen += int(totals[1])
         progress.loss = float(totals[0])
+        progress.bad_samples += int(totals[3])
+        progress.data_state = plan.state_after
+        _check_bad_samples(progress, settings.max_bad_frac)
         if not math.isfinite(progress.loss):  # summed over the ranks: every one stops here
             raise ConfigError(
                 f"the loss of step {progress.step} is {progress.loss}; nothing is saved from it.\n"
@@ -105,6 +120,7 @@ def train(
             "samples_seen": progress.samples_seen,
             "tokens_seen": progress.tokens_seen,
             "step_s": seconds,
+            "bad_samples": progress.bad_samples,
         }
         for tracker in trackers:
             tracker.log(record)
@@ -117,10 +133,21 @@ def train(
     return progress
 
 
-def _step_share(batch: Batch, denominator: int, settings: LoopSettings) -> float:
+def _step_share(batch: Batch, denominator: int, num_micro_steps: int, settings: LoopSettings) -> float:
     if settings.loss_averaging == "global_tokens":
         return 1.0 / denominator
-    return 1.0 / (max(1, batch.num_supervised) * settings.world_size * settings.grad_accum_steps)
+    return 1.0 / (max(1, batch.num_supervised) * settings.world_size * num_micro_steps)
+
+
+def _check_bad_samples(progress: Progress, max_bad_frac: float) -> None:
+    """The first ten are let pass, so that an early one does not end a run that allows for some."""
+    if progress.bad_samples <= max(10 if max_bad_frac else 0, max_bad_frac * progress.samples_seen):
+        return
+    raise DataError(
+        f"{progress.bad_samples} of {progress.samples_seen} samples had a picture that is missing or does not decode, "
+        f"more than data.max_bad_frac={max_bad_frac:g} allows; their names stand above.\n"
+        "  Look at them with tools/doctor, or raise data.max_bad_frac."
+    )
 
 
 def _sum_over_ranks(totals: torch.Tensor, settings: LoopSettings) -> torch.Tensor:

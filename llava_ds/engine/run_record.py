@@ -85,16 +85,21 @@ def start_run(
         "packing": vars(packing),
         "initial_weights": describe_initial_weights(dict(initial_weights)),
         "world_size": ranks.world_size,
-        "num_samples": len(data.lengths.num_tokens),
-        "num_steps": data.num_steps,
+        "num_samples": data.plan.num_samples,
+        "num_steps": data.plan.num_steps,
+        "data": {source.name: source.fingerprint for source in data.plan.source.sources},
         "skipped": dict(data.skipped),
+        "truncated": data.plan.lengths.num_cut(),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
     }
     (run_dir / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{config.name}: {len(data.lengths.num_tokens)} samples, {data.num_steps} steps, {ranks.world_size} rank(s)")
+    plan = data.plan
+    print(f"{config.name}: {plan.num_samples} samples, {plan.num_steps} steps, {ranks.world_size} rank(s)")
     print(f"attention: {attention.name} ({attention.reason}); batches: {packing.name} ({packing.reason})")
     if data.skipped:
         print(f"skipped {sum(data.skipped.values())} samples: {dict(data.skipped)}")
+    if plan.lengths.num_cut():
+        print(f"{plan.lengths.num_cut()} samples lose their last turns: longer than {config.data.max_length} tokens")
     return lock
 
 

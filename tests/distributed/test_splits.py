@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llava_ds.config import load_recipe
+from llava_ds.data.build import plan_data
 from llava_ds.data.collator import Collator
-from llava_ds.data.dataset import LlavaDataset, TextPipeline, measure_samples
+from llava_ds.data.dataset import LlavaDataset
 from llava_ds.data.images import ImageTransform
-from llava_ds.data.llava_json import read_llava_json
-from llava_ds.data.sampler import BatchSizes, plan_run
-from llava_ds.distributed import free_port
+from llava_ds.data.text_pipeline import TextPipeline
+from llava_ds.distributed import Ranks, free_port
 from llava_ds.models.build import build_model, load_tokenizer
 from tests.distributed.test_zero import ROOT, TRAIN, _environ, _launch, _losses
 from tests.helpers.tiny import write_recipe, write_world
@@ -85,6 +85,19 @@ def test_packs_of_two_samples_on_two_ranks_of_zero_3(world, whole):
     _assert_same_run(world / "zero3", whole)
 
 
+@pytest.mark.parametrize(("zero", "num_ranks"), [("zero2", 2), ("zero3", 2)])
+def test_a_token_budget_takes_more_micro_batches_and_trains_the_same(world, whole, zero, num_ranks):
+    """DeepSpeed is told of one micro-batch a step; the budget of 60 tokens makes it several."""
+    recipe = write_recipe(
+        world, **STEPS, train__micro_batch_size=4, train__micro_batch_tokens=60, data__packing="packed"
+    )
+    run_dir = world / f"budget-{zero}"
+    done = _launch(recipe, zero, num_ranks, run_dir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((run_dir / "run.json").read_text())["ds_config"]["gradient_accumulation_steps"] == 1
+    _assert_same_run(run_dir, whole)
+
+
 def test_text_only_data_on_two_ranks_of_zero_3(world, whole):
     text = {"data__path": str(world / "data" / "text.json")}
     _train_alone(
@@ -104,14 +117,13 @@ def _mean_of_means(recipe: Path) -> tuple[float, float, float]:
     model = build_model(config.model, "sdpa", torch.float32, config.seed)
     model.vision_tower.requires_grad_(False)
     spec = model.vision_tower.spec
-    samples, skipped = read_llava_json(Path(config.data.path), "error")
     text = TextPipeline(load_tokenizer(config.model.llm), config.data.template, config.data.placement,
                         spec.num_patches, config.data.max_length, config.seed)
-    samples, lengths, _ = measure_samples(samples, text, "error", skipped)
-    data = LlavaDataset(samples, text, Path(config.data.path).parent, ImageTransform.for_tower(spec, "square"))
-    sizes = BatchSizes(config.train.global_batch_size, config.train.micro_batch_size, 1)
-    plan = next(plan_run(lengths.num_tokens, config.seed, 1, sizes))
-    collator = Collator("padded", torch.zeros(3, spec.image_size, spec.image_size), False)
+    planned = plan_data(config, "padded", text, Ranks(0, 0, 1))
+    blank = torch.zeros(3, spec.image_size, spec.image_size)
+    data = LlavaDataset(planned.source, text, ImageTransform.for_tower(spec, "square"), blank)
+    plan = next(planned.steps())
+    collator = Collator("padded", blank, False)
     means, sums, counts = [], 0.0, 0
     for (slots,) in plan.micro_batches:
         batch = collator([data[slot] for slot in slots])

@@ -130,9 +130,11 @@ def test_a_second_run_sets_the_first_aside_and_skips_bad_records_with_a_count(wo
     shutil.copytree(world / "data", data)
     (data / "0.png").unlink()
     (data / "1.png").write_bytes(b"no picture")
+    whole = (data / "2.png").read_bytes()
+    (data / "2.png").write_bytes(whole[: len(whole) // 2])  # begins as a picture does
     records = json.loads((data / "train.json").read_text())
     (data / "train.json").write_text(json.dumps([*records, {"id": "empty", "conversations": []}]))
-    recipe = write_recipe(world, data__path=str(data / "train.json"), data__on_bad_sample="skip", train__max_steps=1)
+    recipe = write_recipe(world, data__path=str(data / "train.json"), data__on_bad_sample="skip", train__epochs=1)
     command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / "zero0.json")]
     command += ["--recipe", str(recipe), "--run-dir", str(world / "again")]
     for _ in range(2):
@@ -145,7 +147,10 @@ def test_a_second_run_sets_the_first_aside_and_skips_bad_records_with_a_count(wo
         assert record["skipped"] == {
             "image file is missing": 1, "image does not decode": 1, "'conversations' is empty": 1,
         }
-        assert (run_dir / "checkpoints" / "step-00000001" / "COMPLETE").is_file()
+        assert (run_dir / "checkpoints" / "step-00000003" / "COMPLETE").is_file()
+        metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert (metrics[-1]["bad_samples"], metrics[-1]["samples_seen"]) == (1, 9)
+    assert f"id='s2': image {data / '2.png'} does not decode" in done.stdout
 
 
 def _run_alone(recipe: Path, zero: str, run_dir: Path) -> subprocess.CompletedProcess:

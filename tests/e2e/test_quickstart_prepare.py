@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from llava_ds.data.llava_json import read_llava_json
+from llava_ds.data.llava_json import open_llava_json
 from llava_ds.errors import ConfigError
 from llava_ds.models.build import load_tokenizer
 from llava_ds.quickstart import prepare as preparation
@@ -29,16 +29,15 @@ def test_pip_alone_is_enough(cache):
     folder = preparation.prepare(lines.append)
     assert "trained on twemoji; unseen: openmoji" in lines[-1]
     assert "fluent" in lines[-1] and "noto" in lines[-1]
-    stage1, skipped = read_llava_json(folder / "stage1.json")
-    stage2, also_skipped = read_llava_json(folder / "stage2.json")
-    assert not skipped and not also_skipped
+    stage1 = list(open_llava_json(folder / "stage1.json", folder))
+    stage2 = list(open_llava_json(folder / "stage2.json", folder))
     assert len({sample.id for sample in (*stage1, *stage2)}) == len(stage1) + len(stage2)
     assert Counter("scene" in sample.id for sample in stage2) == {False: len(stage1), True: preparation.NUM_SCENES}
     assert len(stage1) == 8 * 288
     for sample in (*stage1, *stage2):
         assert all("twemoji" in image for image in sample.images)
-        assert Image.open(folder / sample.images[0]).size == (preparation.IMAGE_SIZE,) * 2
-    texts, _ = read_llava_json(folder / "texts.json")
+        assert Image.open(sample.images[0]).size == (preparation.IMAGE_SIZE,) * 2
+    texts = list(open_llava_json(folder / "texts.json", folder))
     assert len(texts) == len(stage1) + len(stage2)
     assert not any(sample.images for sample in texts)
     questions = json.loads((folder / "eval.json").read_text())

@@ -18,7 +18,7 @@ SAMPLES = [
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])
 def test_the_first_token_of_a_sample_is_predicted_by_nothing(packing):
-    examples = [Example(EncodedSample(str(i), (), ids, labels), None) for i, (ids, labels) in enumerate(SAMPLES)]
+    examples = [Example(EncodedSample(str(i), (), ids, labels)) for i, (ids, labels) in enumerate(SAMPLES)]
     batch = Collator(packing, torch.zeros(3, 4, 4), features=False)(examples)
     predicting = batch.input_ids.flatten()[batch.loss_rows].tolist()
     assert list(zip(predicting, batch.loss_labels.tolist(), strict=True)) == [

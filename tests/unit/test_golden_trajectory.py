@@ -72,7 +72,7 @@ def _examples(arrays, step: int) -> list[Example]:
             new_ids += [token] * count
             new_labels += [label] * count
         has_image = bool(arrays[key + "images_per_row"][row])
-        pixels = torch.from_numpy(arrays[key + "pixel_values"][row])[None] if has_image else None
+        pixels = [torch.from_numpy(arrays[key + "pixel_values"][row])] if has_image else []
         encoded = EncodedSample(f"{step}-{row}", ("x",) * has_image, tuple(new_ids), tuple(new_labels))
         examples.append(Example(encoded, pixels))
     return examples

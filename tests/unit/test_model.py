@@ -9,9 +9,10 @@ from transformers import modeling_flash_attention_utils as flash_path
 
 from llava_ds.config import ModelConfig
 from llava_ds.data.collator import Collator
-from llava_ds.data.dataset import Example, TextPipeline
+from llava_ds.data.dataset import Example
 from llava_ds.data.images import ImageTransform
-from llava_ds.data.llava_json import read_llava_json
+from llava_ds.data.llava_json import open_llava_json
+from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.models.build import build_model, load_tokenizer, resolve_attention
 from llava_ds.models.freezing import apply_freezing
 from tests.helpers.tiny import IMAGE_SIZE, write_world
@@ -32,14 +33,14 @@ def _model(world: Path, attention: str = "sdpa"):
 
 
 def _examples(world: Path, model, count: int = 6) -> list[Example]:
-    samples, _ = read_llava_json(world / "data" / "train.json")
+    samples = list(open_llava_json(world / "data" / "train.json", world / "data"))
     text = TextPipeline(load_tokenizer(str(world / "llm")), "short", "random", 9, 256, seed=0)
     transform = ImageTransform.for_tower(model.vision_tower.spec, "square")
     examples = []
     for sample in samples[:count]:
-        images = [transform(world / "data" / name) for name in sample.images]
-        examples.append(Example(text.encode(sample, 0), torch.stack(images) if images else None))
-    assert any(example.images is None for example in examples)
+        images = [transform(image) for image in sample.images]
+        examples.append(Example(text.encode(sample, 0), images))
+    assert any(not example.images for example in examples)
     return examples
 
 
@@ -78,7 +79,7 @@ def test_no_token_sees_another_sample(world, packing):
     other = tuple(3 + (token + 1) % 100 if token > 2 else token for token in ids)
     swapped = list(examples)
     swapped[changed] = replace(examples[changed], encoded=replace(examples[changed].encoded, input_ids=other))
-    swapped[changed] = replace(swapped[changed], images=examples[changed].images.flip(-1))
+    swapped[changed] = replace(swapped[changed], images=[image.flip(-1) for image in examples[changed].images])
     lengths = [len(example.encoded.input_ids) for example in examples]
     with torch.no_grad():
         before, after = (_all_logits(model, _collate(list_, packing)) for list_ in (examples, swapped))
@@ -115,7 +116,7 @@ def test_the_head_runs_on_supervised_positions_only(world, packing):
 
 def test_a_batch_without_images_gives_the_projector_a_gradient_of_zero(world):
     model = _model(world)
-    examples = [example for example in _examples(world, model) if example.images is None]
+    examples = [example for example in _examples(world, model) if not example.images]
     _, gradients = _gradients(model, _collate(examples, "packed"))
     assert gradients["projector.0.weight"].abs().max() == 0
     assert gradients["llm.lm_head.weight"].abs().max() > 0

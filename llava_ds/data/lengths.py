@@ -1,0 +1,237 @@
+"""Exact lengths of every record, computed in parallel once, and kept by data, tokenizer and template.
+
+They are known before any image is decoded, and a bad record is found before training, not in the middle of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llava_ds.data.cache import cache_folder
+from llava_ds.data.forked import map_forked
+from llava_ds.data.images import check_image_header
+from llava_ds.data.source import Source
+from llava_ds.data.text_pipeline import TextPipeline
+from llava_ds.errors import DataError
+from llava_ds.schema import Sample
+from llava_ds.text.encode import TOO_LONG
+from llava_ds.text.placement import is_image_first, sample_key
+from llava_ds.text.truncation import NOTHING_LEFT
+
+GOOD = -1
+# One row a record; of the pairs, the first is for the image before the question, the second for it after.
+_ROW = np.dtype(
+    [
+        ("num_tokens", "i4", 2), ("num_supervised", "i4", 2), ("num_images", "i2", 2), ("num_cut_turns", "i2"),
+        ("key", "u8"), ("reason", "i2"),
+    ]
+)
+_CHUNK = 512
+_FEW = 2 * _CHUNK  # so many are measured as fast as the kept lengths are found
+
+
+@dataclass(frozen=True)
+class LengthTable:
+    """What is known of every record, by its number; see ``_ROW``. ``rows["reason"]`` is GOOD or a number of reasons."""
+
+    rows: np.ndarray
+    reasons: tuple[str, ...]
+    random_placement: bool
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def good(self) -> np.ndarray:
+        """Numbers of the records that can be trained on."""
+        return np.flatnonzero(self.rows["reason"] == GOOD)
+
+    def skipped(self) -> Counter[str]:
+        """How many records cannot, by reason."""
+        numbers, counts = np.unique(self.rows["reason"], return_counts=True)
+        return Counter({self.reasons[n]: int(c) for n, c in zip(numbers, counts, strict=True) if n != GOOD})
+
+    def num_cut(self) -> int:
+        """How many records lose turns at their end because they are too long."""
+        return int(((self.rows["num_cut_turns"] > 0) & (self.rows["reason"] == GOOD)).sum())
+
+    def tokens(self, indices: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        """Tokens of records [n] in their passes [n], images counted."""
+        return self._of("num_tokens", indices, passes)
+
+    def supervised(self, indices: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        """Supervised tokens of records [n] in their passes [n]."""
+        return self._of("num_supervised", indices, passes)
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """Images of records [n]; the larger number where it depends on the order that fits."""
+        return self.rows["num_images"][indices].max(axis=1).astype(np.int64)
+
+    def _of(self, field: str, indices: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        rows = self.rows[indices]
+        if not self.random_placement:
+            return rows[field][:, 0].astype(np.int64)
+        first = is_image_first(self.seed, passes, rows["key"])
+        return np.where(first, rows[field][:, 0], rows[field][:, 1]).astype(np.int64)
+
+
+def join_lengths(parts: Sequence[LengthTable]) -> LengthTable:
+    """The lengths of several sources after one another."""
+    if len(parts) == 1:
+        return parts[0]
+    reasons = tuple(dict.fromkeys(reason for part in parts for reason in part.reasons))
+    rows = np.concatenate([part.rows for part in parts])
+    start = 0
+    for part in parts:
+        renumber = np.array([*(reasons.index(reason) for reason in part.reasons), GOOD])
+        rows["reason"][start : start + len(part)] = renumber[part.rows["reason"]]
+        start += len(part)
+    return LengthTable(rows, reasons, parts[0].random_placement, parts[0].seed)
+
+
+def measure_source(
+    source: Source,
+    text: TextPipeline,
+    on_bad_sample: str,
+    num_processes: int | None = None,
+    log: Callable[[str], None] = print,
+) -> LengthTable:
+    """The lengths of a source, from the cache folder or computed now by ``num_processes`` (default: one a core).
+
+    Pictures are looked for (``error``), or their headers read (``skip``); those found bad are looked at again the next
+    time. Records that the truncation policy leaves out are counted as skipped whatever ``on_bad_sample`` says.
+
+    Raises DataError that names the first bad records and counts all by reason, unless ``on_bad_sample`` is ``skip``.
+    """
+    work = _Work(source, text, on_bad_sample == "skip")
+    if len(source) <= _FEW:
+        _, rows, reasons = work.chunk(range(len(source)))
+        return _checked(work, LengthTable(rows, tuple(reasons), text.placement == "random", text.seed), on_bad_sample)
+    key = hashlib.sha256(f"{source.fingerprint}|{text.fingerprint()}|{on_bad_sample}".encode()).hexdigest()
+    file = cache_folder() / "lengths" / f"{key[:32]}.npy"
+    known = _load(file, len(source))
+    if known is None:
+        todo: Sequence[int] | range = range(len(source))
+        rows, reasons = np.zeros(len(source), _ROW), list[str]()
+    else:
+        rows, reasons = known
+        again = [number for number, reason in enumerate(reasons) if reason in _IMAGE_REASONS]
+        todo = np.flatnonzero(np.isin(rows["reason"], again)).tolist()
+        rows = rows.copy() if todo else rows
+    for indices, chunk, chunk_reasons in _run(work, todo, num_processes or len(os.sched_getaffinity(0)), log):
+        for reason in chunk_reasons:
+            if reason not in reasons:
+                reasons.append(reason)
+        renumber = np.array([*(reasons.index(reason) for reason in chunk_reasons), GOOD], dtype=np.int16)
+        chunk["reason"] = renumber[chunk["reason"]]
+        rows[indices] = chunk
+    if len(todo):
+        _save(file, rows, reasons)
+    return _checked(work, LengthTable(rows, tuple(reasons), text.placement == "random", text.seed), on_bad_sample)
+
+
+_IMAGE_REASONS = ("image file is missing", "image does not decode")
+
+
+@dataclass(frozen=True)
+class _Work:
+    source: Source
+    text: TextPipeline
+    reads_headers: bool
+
+    def measure(self, index: int) -> tuple:
+        """The values of a row. Raises DataError for a bad record."""
+        sample = self.source[index]
+        first, last = self.text.encode_orders(sample)
+        self._check_images(sample)
+        pair = (first, last)
+        return (
+            [len(e.input_ids) for e in pair], [e.num_supervised for e in pair], [len(e.images) for e in pair],
+            max(e.num_cut_turns for e in pair), sample_key(sample.id), GOOD,
+        )
+
+    def chunk(self, indices: Sequence[int]) -> tuple[Sequence[int], np.ndarray, list[str]]:
+        """Rows of some records, and the reasons that they number."""
+        rows, reasons = np.zeros(len(indices), _ROW), []
+        for number, index in enumerate(indices):
+            try:
+                rows[number] = self.measure(index)
+            except DataError as error:
+                if error.reason not in reasons:
+                    reasons.append(error.reason)
+                rows[number]["reason"] = reasons.index(error.reason)
+        return indices, rows, reasons
+
+    def _check_images(self, sample: Sample) -> None:
+        for image in sample.images:
+            if not isinstance(image, str):
+                continue
+            if self.reads_headers:
+                check_image_header(image)
+            elif not os.path.isfile(image):
+                raise DataError(
+                    f"{sample.where()}: image {image}: no such file; fix the path or data.image_root",
+                    reason=_IMAGE_REASONS[0],
+                )
+
+
+def _run(
+    work: _Work, todo: Sequence[int], num_processes: int, log: Callable[[str], None]
+) -> Iterator[tuple[Sequence[int], np.ndarray, list[str]]]:
+    chunks = [todo[start : start + _CHUNK] for start in range(0, len(todo), _CHUNK)]
+    if not chunks:
+        return
+    num_processes = min(num_processes, len(chunks))
+    log(f"{work.source.name}: measuring {len(todo)} records with {num_processes} process(es), once")
+    yield from map_forked(work.chunk, chunks, num_processes, "record")
+
+
+def _checked(work: _Work, lengths: LengthTable, on_bad_sample: str) -> LengthTable:
+    if on_bad_sample == "skip":
+        return lengths
+    dropped = (TOO_LONG, NOTHING_LEFT) if work.text.truncation != "error" else ()
+    counts = {reason: n for reason, n in lengths.skipped().items() if reason not in dropped}
+    if not counts:
+        return lengths
+    bad = np.array([reason in counts for reason in lengths.reasons] + [False])
+    messages = []
+    for index in np.flatnonzero(bad[lengths.rows["reason"]])[:5].tolist():
+        try:
+            work.measure(index)
+        except DataError as error:
+            messages.append(str(error))
+    raise DataError(
+        f"{work.source.name}: {sum(counts.values())} of {len(lengths)} records are bad: {counts}; the first:\n  "
+        + "\n  ".join(messages)
+        + "\n  Fix them, or set data.on_bad_sample=skip to leave them out (tools/doctor lists them all)."
+    )
+
+
+def _load(file: Path, num_records: int) -> tuple[np.ndarray, list[str]] | None:
+    try:
+        rows = np.load(file, mmap_mode="r")
+        reasons = json.loads(file.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return None
+    return (rows, reasons) if rows.dtype == _ROW and rows.shape == (num_records,) else None
+
+
+def _save(file: Path, rows: np.ndarray, reasons: list[str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{uuid.uuid4().hex}.tmp")
+    unfinished.write_text(json.dumps(reasons))
+    unfinished.rename(file.with_suffix(".json"))
+    with unfinished.open("wb") as out:
+        np.save(out, rows)
+        out.flush()
+        os.fsync(out.fileno())
+    unfinished.rename(file)
