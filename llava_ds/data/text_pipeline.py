@@ -65,7 +65,7 @@ class TextPipeline:
         digest.update(repr((settings, self.tokenizer.chat_template, self.tokenizer.special_tokens_map)).encode())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         package = Path(llava_ds.__file__).parent
-        for file in sorted([*package.glob("text/*.py"), *package.glob("data/*.py"), *package.glob("*.py")]):
+        for file in sorted([*package.glob("text/*.py"), *package.glob("data/**/*.py"), *package.glob("*.py")]):
             digest.update(file.read_bytes())
         return digest.hexdigest()
 
