@@ -13,6 +13,7 @@ import operator
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import time
 import uuid
@@ -29,6 +30,10 @@ from llava_ds.data.cache import cache_folder
 from llava_ds.errors import DataError
 
 Log = Callable[[str], None]
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
 
 _VERSION = b'{"llava_ds_jsonl_index": 1, '
 _HEADER_BYTES = 512
@@ -146,7 +151,7 @@ class JsonlFile:
         )
 
 
-def open_jsonl(path: Path, log: Log = print, chunk_bytes: int = 1 << 20) -> JsonlFile:
+def open_jsonl(path: Path, log: Log = _to_stderr, chunk_bytes: int = 1 << 20) -> JsonlFile:
     """The file with its index, which is built first where it is missing or does not fit the file.
 
     The index stands beside the file, or in the cache folder where that cannot be written. Processes may open a file at

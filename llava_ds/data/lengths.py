@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -217,18 +218,20 @@ def _checked(work: _Work, lengths: LengthTable, on_bad_sample: str) -> LengthTab
 
 
 def _load(file: Path, num_records: int) -> tuple[np.ndarray, list[str]] | None:
+    """What was kept, or None when it is not there, not whole or not what was written."""
     try:
         rows = np.load(file, mmap_mode="r")
-        reasons = json.loads(file.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+        facts = json.loads(file.with_suffix(".json").read_text())
+        fits = rows.dtype == _ROW and rows.shape == (num_records,) and zlib.crc32(rows) == facts["crc32"]
+        return (rows, list(facts["reasons"])) if fits else None
+    except (OSError, EOFError, ValueError, TypeError, KeyError):
         return None
-    return (rows, reasons) if rows.dtype == _ROW and rows.shape == (num_records,) else None
 
 
 def _save(file: Path, rows: np.ndarray, reasons: list[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{uuid.uuid4().hex}.tmp")
-    unfinished.write_text(json.dumps(reasons))
+    unfinished.write_text(json.dumps({"reasons": reasons, "crc32": zlib.crc32(rows)}))
     unfinished.rename(file.with_suffix(".json"))
     with unfinished.open("wb") as out:
         np.save(out, rows)

@@ -47,7 +47,7 @@ class LlavaJsonl:
 
     @property
     def fingerprint(self) -> str:
-        return self.file.fingerprint
+        return _with_root(self.file.fingerprint, self.image_root)
 
     def __len__(self) -> int:
         return len(self.file)
@@ -60,12 +60,18 @@ class LlavaJsonl:
 def open_llava_json(path: Path, image_root: Path) -> LlavaJson:
     """A LLaVA JSON file as a source. Raises DataError for a missing or broken file."""
     records = read_json_list(path, "a LLaVA JSON file as data.path")
-    return LlavaJson(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), records, image_root)
+    fingerprint = _with_root(hashlib.sha256(path.read_bytes()).hexdigest(), image_root)
+    return LlavaJson(path.name, fingerprint, records, image_root)
 
 
 def open_llava_jsonl(path: Path, image_root: Path) -> LlavaJsonl:
     """A JSONL file as a source; the first open writes its index. Raises DataError for a missing or broken file."""
     return LlavaJsonl(open_jsonl(path), image_root)
+
+
+def _with_root(sha256: str, image_root: Path) -> str:
+    """The images of a record are full paths: another root makes other records."""
+    return hashlib.sha256(f"{sha256}|{image_root}".encode()).hexdigest()
 
 
 def read_json_list(path: Path, wanted: str) -> list[Any]:
