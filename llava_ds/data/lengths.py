@@ -222,7 +222,7 @@ def _load(file: Path, num_records: int) -> tuple[np.ndarray, list[str]] | None:
     try:
         rows = np.load(file, mmap_mode="r")
         facts = json.loads(file.with_suffix(".json").read_text())
-        fits = rows.dtype == _ROW and rows.shape == (num_records,) and zlib.crc32(rows) == facts["crc32"]
+        fits = rows.dtype == _ROW and rows.shape == (num_records,) and zlib.crc32(rows.data) == facts["crc32"]
         return (rows, list(facts["reasons"])) if fits else None
     except (OSError, EOFError, ValueError, TypeError, KeyError):
         return None
@@ -231,7 +231,7 @@ def _load(file: Path, num_records: int) -> tuple[np.ndarray, list[str]] | None:
 def _save(file: Path, rows: np.ndarray, reasons: list[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{uuid.uuid4().hex}.tmp")
-    unfinished.write_text(json.dumps({"reasons": reasons, "crc32": zlib.crc32(rows)}))
+    unfinished.write_text(json.dumps({"reasons": reasons, "crc32": zlib.crc32(rows.data)}))
     unfinished.rename(file.with_suffix(".json"))
     with unfinished.open("wb") as out:
         np.save(out, rows)
