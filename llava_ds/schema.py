@@ -68,6 +68,8 @@ class EncodedSample:
     labels: tuple[int, ...]
     num_cut_turns: int = 0
     """Turns at the end of the record that did not fit (``data.truncation``)."""
+    num_cut_tokens: int = 0
+    """Tokens that these turns would have taken, or that were cut off within a turn."""
 
     @property
     def num_supervised(self) -> int:

@@ -19,8 +19,8 @@ from llava_ds.constants import IMAGE_PLACEHOLDER
 from llava_ds.errors import CheckpointError
 from llava_ds.models.llava import Llava
 from llava_ds.models.vision_tower import TowerSpec
-from llava_ds.text.chat_template import resolve_template
-from llava_ds.text.encode import adds_leading_space, begins_with_bos
+from llava_ds.text.chat_template import chat_template_text, resolve_template
+from llava_ds.text.encode import adds_leading_space, begins_with_bos, is_token
 from llava_ds.text.templates import BOS, EOS, AnyTemplate, Special, Template
 
 PAD_TOKEN = "<pad>"
@@ -89,22 +89,21 @@ def chat_template(template: AnyTemplate, tokenizer: Any) -> str:
     the space is written out: at the beginning of the text and after an image, as ``encode`` has it.
     """
     if not isinstance(template, Template):
-        return _FLATTEN + _FLATTEN_MESSAGES + str(tokenizer.chat_template)
+        return _FLATTEN + _FLATTEN_MESSAGES + chat_template_text(tokenizer)
     space = " " if adds_leading_space(tokenizer) else ""
     lead, tail = template.answer.split("{}")
     between = "".join(map(_literal, template.between))
     if template.drops_question:
         question, lead, begin = "{{ '<image>' * (text.split('<image>') | length - 1) }}", space + lead, ""
     else:
-        goes_on = "true" if _text_follows_question(template) else "false"
+        goes_on = "true" if _text_follows_question(template, tokenizer) else "false"
         question = (
             "{% for chunk in text.split('<image>') %}{% if not loop.first %}{{ '<image>' }}"
             f"{{% if chunk or loop.last and {goes_on} %}}{_literal(space)}{{% endif %}}{{% endif %}}{{{{ chunk }}}}"
             "{% endfor %}"
         )
         opens = next(iter((*template.begin, *template.user)))
-        is_token = isinstance(opens, Special) and tokenizer.backend_tokenizer.token_to_id(opens.kind) is not None
-        begin = "" if is_token else _literal(space)
+        begin = "" if isinstance(opens, Special) and is_token(tokenizer, opens) else _literal(space)
     user = "".join(question.join(map(_literal, part.split("{}"))) if isinstance(part, str) else _literal(part)
                    for part in template.user)
     user += "".join(map(_literal, template.assistant))
@@ -124,11 +123,13 @@ def chat_template(template: AnyTemplate, tokenizer: Any) -> str:
     )
 
 
-def _text_follows_question(template: Template) -> bool:
+def _text_follows_question(template: Template, tokenizer: Any) -> bool:
     """Whether text stands right behind a question, so that behind a last image a run of text begins."""
     parts = (*template.user, *template.assistant)
     number = next(n for n, part in enumerate(parts) if isinstance(part, str) and "{}" in part)
-    return not str(parts[number]).endswith("{}") or isinstance(parts[number + 1], str)
+    following = parts[number + 1]
+    is_text = isinstance(following, str) or not is_token(tokenizer, following)
+    return not str(parts[number]).endswith("{}") or is_text
 
 
 def _literal(part: str | Special) -> str:

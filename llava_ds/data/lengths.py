@@ -32,7 +32,7 @@ GOOD = -1
 # One row a record; of the pairs, the first is for the image before the question, the second for it after.
 _ROW = np.dtype(
     [
-        ("num_tokens", "i4", 2), ("num_supervised", "i4", 2), ("num_images", "i2", 2), ("num_cut_turns", "i2"),
+        ("num_tokens", "i4", 2), ("num_supervised", "i4", 2), ("num_images", "i2", 2), ("num_cut_tokens", "i4"),
         ("key", "u8"), ("reason", "i2"),
     ]
 )
@@ -62,8 +62,8 @@ class LengthTable:
         return Counter({self.reasons[n]: int(c) for n, c in zip(numbers, counts, strict=True) if n != GOOD})
 
     def num_cut(self) -> int:
-        """How many records lose turns at their end because they are too long."""
-        return int(((self.rows["num_cut_turns"] > 0) & (self.rows["reason"] == GOOD)).sum())
+        """How many good records lose their end because they are too long."""
+        return int(((self.rows["num_cut_tokens"] > 0) & (self.rows["reason"] == GOOD)).sum())
 
     def tokens(self, indices: np.ndarray, passes: np.ndarray) -> np.ndarray:
         """Tokens of records [n] in their passes [n], images counted."""
@@ -157,7 +157,7 @@ class _Work:
         pair = (first, last)
         return (
             [len(e.input_ids) for e in pair], [e.num_supervised for e in pair], [len(e.images) for e in pair],
-            max(e.num_cut_turns for e in pair), sample_key(sample.id), GOOD,
+            max(e.num_cut_tokens for e in pair), sample_key(sample.id), GOOD,
         )
 
     def chunk(self, indices: Sequence[int]) -> tuple[Sequence[int], np.ndarray, list[str]]:

@@ -77,7 +77,7 @@ def _with_root(sha256: str, image_root: Path) -> str:
 def read_json_list(path: Path, wanted: str) -> list[Any]:
     """The records of a JSON file. Raises DataError that names the file, the place and what is ``wanted``."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file; give {wanted}")
+        raise DataError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give {wanted}")
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -86,6 +86,8 @@ def read_json_list(path: Path, wanted: str) -> list[Any]:
         raise DataError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}; give {wanted}") from error
     except RecursionError as error:
         raise DataError(f"{path}: nested too deeply to be {wanted}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}: not JSON that can be read: {error}; give {wanted}") from error
     if not isinstance(records, list) or not records:
         got = "an empty list" if records == [] else type(records).__name__
         raise DataError(f"{path}: expected a list of records, got {got}; give {wanted}")

@@ -99,7 +99,7 @@ def start_run(
     if data.skipped:
         print(f"skipped {sum(data.skipped.values())} samples: {dict(data.skipped)}")
     if plan.lengths.num_cut():
-        print(f"{plan.lengths.num_cut()} samples lose their last turns: longer than {config.data.max_length} tokens")
+        print(f"{plan.lengths.num_cut()} samples lose their end: longer than data.max_length={config.data.max_length}")
     return lock
 
 

@@ -61,7 +61,7 @@ class Session:
 
         worker = Thread(target=generate, daemon=True)
         worker.start()
-        yield from before_stop(streamer, stop_string(self.template))
+        yield from before_stop(streamer, stop_string(self.tokenizer, self.template))
         worker.join()
         if failures:
             raise failures[0]
@@ -72,7 +72,7 @@ class Session:
     ) -> list[str]:
         """One answer for each conversation; prompts are padded on the left."""
         outputs = self.model.llm.generate(**self._inputs(conversations, images), **self._options(sampling))
-        stop = stop_string(self.template)
+        stop = stop_string(self.tokenizer, self.template)
         answers = self.tokenizer.batch_decode(outputs, skip_special_tokens=True)
         return [answer.split(stop)[0].strip() if stop else answer.strip() for answer in answers]
 
@@ -104,13 +104,13 @@ class Session:
         return {"inputs_embeds": embeds, "attention_mask": mask}
 
     def _options(self, sampling: Sampling) -> dict[str, Any]:
-        stop = stop_string(self.template)
+        stop = stop_string(self.tokenizer, self.template)
         eos = stop_id(self.tokenizer, self.template)
         options: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
             "do_sample": sampling.temperature > 0,
             "eos_token_id": eos,
-            "pad_token_id": eos,
+            "pad_token_id": 0 if eos is None else eos,  # its positions are masked
         }
         if sampling.temperature > 0:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}

@@ -80,7 +80,7 @@ def load_tokenizer(name: str) -> Any:
         if model_file and not _find_file(name, "tokenizer.json") and is_llama_like(model_file):
             return load_published_tokenizer(lambda file: _find_file(name, file))
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"model.llm={name!r}: no tokenizer can be loaded: {error}\n"
             "  Give a transformers folder, or a name that is downloaded already or can be."

@@ -19,20 +19,15 @@ from llava_ds.text.templates import BOS, EOS, START, AnyTemplate, ImageSlot, Pie
 _ANCHOR = "\n"
 
 
-def encode_sample(
-    sample: Sample, tokenizer: Any, template: AnyTemplate, num_patches: int, max_length: int | None = None
-) -> EncodedSample:
-    """Ids and labels of a whole conversation; each image takes ``num_patches`` positions.
+def encode_sample(sample: Sample, tokenizer: Any, template: AnyTemplate, num_patches: int) -> EncodedSample:
+    """Ids and labels of a whole conversation of any length; each image takes ``num_patches`` positions.
 
-    A leading answer is left out, as in the official code. Raises DataError, naming the record, when it is longer than
-    ``max_length`` (see truncation.py for other ways), has an empty answer, or its ``<image>`` placeholders do not
-    match its images.
+    A leading answer is left out, as in the official code. Raises DataError, naming the record, when it has an empty
+    answer, or its ``<image>`` placeholders do not match its images. See truncation.py for the limit.
     """
     turns = rounds_of(sample, template)
     check_images(sample)
     ids, labels = encode_turns(turns, tokenizer, template, num_patches)
-    if max_length is not None and len(ids) > max_length:
-        raise too_long(sample, len(ids), max_length)
     return EncodedSample(sample.id, sample.images, tuple(ids), tuple(labels))
 
 
@@ -41,16 +36,23 @@ def encode_prompt(turns: Sequence[Turn], tokenizer: Any, template: AnyTemplate, 
     return encode_turns(turns, tokenizer, template, num_patches, open_ended=True)[0]
 
 
-def stop_string(template: AnyTemplate) -> str | None:
+def stop_string(tokenizer: Any, template: AnyTemplate) -> str | None:
     """The text that ends an answer, or None where a special token does."""
-    return template.stop if isinstance(template.stop, str) else None
+    if isinstance(template.stop, str):
+        return template.stop
+    return None if is_token(tokenizer, template.stop) else template.stop.kind
 
 
-def stop_id(tokenizer: Any, template: AnyTemplate) -> int:
-    """The special token that ends an answer; the end-of-sequence token where a text does."""
-    special = template.stop if isinstance(template.stop, Special) else Special(EOS)
-    found = _special_id(tokenizer, special)
-    return int(tokenizer.eos_token_id) if found is None else found
+def stop_id(tokenizer: Any, template: AnyTemplate) -> int | None:
+    """The special token that ends an answer; where a text does, the end-of-sequence token, if there is one."""
+    if isinstance(template.stop, Special) and is_token(tokenizer, template.stop):
+        return _special_id(tokenizer, template.stop)
+    return tokenizer.eos_token_id
+
+
+def is_token(tokenizer: Any, special: Special) -> bool:
+    """Whether the tokenizer has the special token; else its string is text."""
+    return _special_id(tokenizer, special) is not None
 
 
 def encode_turns(
@@ -117,6 +119,11 @@ def _tokenize_run(
     lead = _ANCHOR + (" " if starts_chunk else "") if facts.adds_leading_space else ""
     encoded = _core(tokenizer).encode(lead + "".join(part for part, _ in run), add_special_tokens=False)
     skip = facts.anchor_length if lead else 0
+    if skip and encoded.offsets[skip][0] < len(_ANCHOR):
+        raise ConfigError(
+            "the tokenizer joins a line break with the text that follows it, so texts cannot be encoded as in training "
+            "of its LLM; give a LLaMA-like SentencePiece model or a byte-level tokenizer"
+        )
     return encoded.ids[skip:], _supervised(encoded.offsets[skip:], run, len(lead))
 
 
@@ -133,8 +140,10 @@ def _supervised(
             spans.append((begin, position))
     if not spans:
         return [False] * len(offsets)
-    found, current = [], 0
+    found, current, previous_end = [], 0, 0
     for begin, end in offsets:
+        # A tokenizer may count the space of a token out of its offsets (ByteLevel's trim_offsets).
+        begin, previous_end = min(begin, previous_end), end
         while current < len(spans) - 1 and spans[current][1] <= begin:
             current += 1
         found.append(begin < spans[current][1] and end > spans[current][0])

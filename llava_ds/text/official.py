@@ -22,7 +22,10 @@ _V0_NAMES = {"user": "Human", "assistant": "Assistant"}
 def encode_official(
     sample: Sample, tokenizer: Any, template: AnyTemplate, num_patches: int, max_length: int
 ) -> EncodedSample:
-    """Ids and labels as the released code has them. Raises DataError as ``encode_sample`` does."""
+    """Ids and labels as the released code has them.
+
+    Raises DataError as ``encode_sample`` does; with v0, where any order of roles is trained on, for images only.
+    """
     if template is _V0:
         check_images(sample)
         ids, labels = _encode_v0(sample.turns, tokenizer)
@@ -32,7 +35,10 @@ def encode_official(
         encoded = encode_sample(sample, tokenizer, template, num_patches)
     if sample.images:
         return encoded
-    return EncodedSample(sample.id, (), encoded.input_ids[:max_length], encoded.labels[:max_length])
+    num_cut = max(0, len(encoded.input_ids) - max_length)
+    return EncodedSample(
+        sample.id, (), encoded.input_ids[:max_length], encoded.labels[:max_length], num_cut_tokens=num_cut
+    )
 
 
 def _encode_v0(turns: Sequence[Turn], tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""Where the images of the first user turn stand: before or after the question (paper, equation 4)."""
+"""Where images stand: before or after the question (paper, equation 4)."""
 
 from __future__ import annotations
 
@@ -9,34 +9,43 @@ from typing import Any
 import numpy as np
 
 from llava_ds.constants import IMAGE_PLACEHOLDER
-from llava_ds.schema import Sample
+from llava_ds.schema import Sample, Turn
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio, as splitmix64 (Steele, Lea, Flood 2014) steps
 
 
 def apply_placement(sample: Sample, mode: str, seed: int, epoch: int) -> Sample:
-    """The sample with the images of its first turn placed; later turns stay as they are.
+    """The sample with its images placed.
 
-    ``as_data`` changes nothing. ``front`` puts them before the question. ``random`` takes either order with
-    equal chance, as a pure function of (seed, epoch, sample id): no worker count and no resume changes it.
+    ``as_data`` changes nothing. ``front`` puts the images of every question before it, as the released code does.
+    ``random`` puts those of the first question before or after it, with equal chance, as a pure function of (seed,
+    epoch, sample id): no worker count and no resume changes it. Later turns stay as they are.
     """
     if mode == "as_data":
         return sample
-    return place_first_images(sample, mode == "front" or bool(is_image_first(seed, epoch, sample_key(sample.id))))
+    if mode == "front":
+        turns = tuple(_placed(turn, image_first=True) if turn.role == "user" else turn for turn in sample.turns)
+        return replace(sample, turns=turns)
+    return place_first_images(sample, bool(is_image_first(seed, epoch, sample_key(sample.id))))
 
 
 def place_first_images(sample: Sample, image_first: bool) -> Sample:
     """The sample with the images of its first user turn before the question, or after it."""
     number = next((n for n, turn in enumerate(sample.turns) if turn.role == "user"), None)
-    num_images = 0 if number is None else sample.turns[number].text.count(IMAGE_PLACEHOLDER)
-    if number is None or num_images == 0:
+    if number is None:
         return sample
-    first = sample.turns[number]
-    question = first.text.replace(IMAGE_PLACEHOLDER, "").strip()
+    placed = _placed(sample.turns[number], image_first)
+    return replace(sample, turns=(*sample.turns[:number], placed, *sample.turns[number + 1 :]))
+
+
+def _placed(turn: Turn, image_first: bool) -> Turn:
+    num_images = turn.text.count(IMAGE_PLACEHOLDER)
+    if num_images == 0:
+        return turn
+    question = turn.text.replace(IMAGE_PLACEHOLDER, "").strip()
     images = "\n".join([IMAGE_PLACEHOLDER] * num_images)
     ordered = (images, question) if image_first else (question, images)
-    text = "\n".join(part for part in ordered if part)
-    return replace(sample, turns=(*sample.turns[:number], replace(first, text=text), *sample.turns[number + 1 :]))
+    return replace(turn, text="\n".join(part for part in ordered if part))
 
 
 def place_images(question: str, num_images: int) -> str:

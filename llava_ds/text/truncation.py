@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from llava_ds.constants import IMAGE_PLACEHOLDER
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import EncodedSample, Sample
-from llava_ds.text.encode import check_images, encode_sample, encode_turns, rounds_of, too_long
+from llava_ds.text.encode import encode_sample, encode_turns, rounds_of, too_long
 from llava_ds.text.official import encode_official
 from llava_ds.text.templates import AnyTemplate
 
@@ -37,7 +37,7 @@ def encode_within(
         if truncation != "none" and len(encoded.input_ids) > max_length:
             if truncation != "drop_last_turns":
                 raise too_long(sample, len(encoded.input_ids), max_length)
-            encoded = _keep_first_rounds(sample, tokenizer, template, num_patches, max_length)
+            encoded = _keep_first_rounds(encoded, sample, tokenizer, template, num_patches, max_length)
     if encoded.num_supervised == 0:
         raise DataError(
             f"{sample.where()}: no supervised token is left of it within {max_length} tokens; the loss would read "
@@ -48,11 +48,10 @@ def encode_within(
 
 
 def _keep_first_rounds(
-    sample: Sample, tokenizer: Any, template: AnyTemplate, num_patches: int, max_length: int
+    whole: EncodedSample, sample: Sample, tokenizer: Any, template: AnyTemplate, num_patches: int, max_length: int
 ) -> EncodedSample:
     """The longest beginning of whole rounds that fits; with the images of those rounds only."""
     turns = rounds_of(sample, template)
-    check_images(sample)
 
     def encode(num_rounds: int) -> tuple[list[int], list[int]]:
         return encode_turns(turns[: 2 * num_rounds], tokenizer, template, num_patches)
@@ -70,5 +69,7 @@ def _keep_first_rounds(
             too_many = middle
     kept = turns[: 2 * fits]
     num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in kept if turn.role == "user")
-    num_cut = len(turns) - len(kept)
-    return EncodedSample(sample.id, sample.images[:num_images], tuple(best[0]), tuple(best[1]), num_cut)
+    return EncodedSample(
+        sample.id, sample.images[:num_images], tuple(best[0]), tuple(best[1]),
+        num_cut_turns=len(turns) - len(kept), num_cut_tokens=len(whole.input_ids) - len(best[0]),
+    )

@@ -43,7 +43,7 @@ def test_pip_alone_is_enough(cache):
     questions = json.loads((folder / "eval.json").read_text())
     assert all("openmoji" in record["image"] for record in questions)
     tokenizer = load_tokenizer(str(folder / "llm"))
-    assert all(encode_sample(s, tokenizer, get_template("short"), 36, 512).num_supervised > 2 for s in stage2)
+    assert all(encode_sample(s, tokenizer, get_template("short"), 36).num_supervised > 2 for s in stage2)
     boxes = [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
     assert len(boxes) == preparation.NUM_SCENES
     assert all(0 <= edge <= 1 for line in boxes for thing in line["instances"] for edge in thing["bbox"])

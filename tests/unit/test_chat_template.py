@@ -1,9 +1,10 @@
 """A tokenizer's own chat template: the ids of transformers' rendering, labels on answers and stop, texts stay text."""
 
 import json
+from datetime import date
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llava_ds.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -89,7 +90,7 @@ def test_ids_are_transformers_own_and_answers_with_their_stop_are_supervised(cor
     expected = [f"A red fox.{stop}", f"On the left 🦊{stop}"]
     assert [span.strip() for span in _spans(tokenizer, labels)] == expected
     resolved = resolve_template("chat_template", tokenizer)
-    assert stop_string(resolved) is None
+    assert stop_string(tokenizer, resolved) is None
     assert tokenizer.decode([stop_id(tokenizer, resolved)]) == stop
 
 
@@ -100,8 +101,7 @@ def test_the_prompt_is_the_beginning_of_the_training_text(core, name):
     prompt = encode_prompt(CONVERSATION[:1], tokenizer, resolve_template("chat_template", tokenizer), num_patches=2)
     assert ids[: len(prompt)] == prompt
     first_answer = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-    # The space before Mistral's answer is the template's, not the prompt's.
-    assert first_answer - len(prompt) == (1 if name == "mistral" and tokenizer.decode([ids[len(prompt)]]) == " " else 0)
+    assert first_answer == len(prompt)
 
 
 def test_special_tokens_and_braces_in_a_text_stay_text(core):
@@ -148,6 +148,76 @@ def test_sentencepiece_tokenizers_space_as_they_do_themselves(tmp_path, everywhe
     assert [span.strip() for span in _spans(tokenizer, labels)] == ["on the left</s>"] * 2
 
 
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+QWEN_3 = (  # strips line breaks, and writes an empty thought before the last answer
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% elif loop.last %}"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n{{ m.content.lstrip('\n') }}<|im_end|>\n{% else %}"
+    "<|im_start|>assistant\n{{ m.content.lstrip('\n') }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_PROMPT = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
+DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+SPACED = [(" Hi. ", "\n A fox \n"), ("\tWhere?", "Left.\n\n"), ("  ", " ."), ("x", "y")]
+
+
+@pytest.mark.parametrize("template", [LLAMA_2, QWEN_3, NO_PROMPT, DATED, MISTRAL, LLAMA_3, CHATML])
+def test_white_space_is_what_the_template_leaves(core, template):
+    tokenizer = _tokenizer(core, template)
+    turns = [turn for question, answer in SPACED for turn in (Turn("user", question), Turn("assistant", answer))]
+    ids, labels = _encode(tokenizer, turns)
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    whole = whole.replace(date.today().strftime("%d %b %Y"), "26 Jul 2024")
+    assert tokenizer.decode(ids) == whole
+    prompt = encode_prompt(turns[:-1], tokenizer, resolve_template("chat_template", tokenizer), num_patches=2)
+    unsupervised = [i for i, label in zip(ids, labels, strict=True) if label == IGNORE_INDEX]
+    assert ids[: len(prompt)] == prompt
+    assert unsupervised[-1] in (ids[len(prompt) - 1], ids[-1])
+    # Whatever stands between the prompt and the stop is the model's to write.
+    answer = tokenizer.decode(ids[len(prompt) :]).split(resolve_template("chat_template", tokenizer).stop.kind)[0]
+    assert _spans(tokenizer, labels)[-1].startswith(answer)
+    assert answer.strip().endswith("y")
+
+
+def test_a_thought_that_the_template_writes_is_the_models_to_write(core):
+    tokenizer = _tokenizer(core, QWEN_3)
+    _, labels = _encode(tokenizer, CONVERSATION)
+    assert _spans(tokenizer, labels) == [
+        "A red fox.<|im_end|>", "<think>\n\n</think>\n\nOn the left 🦊<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [CHATML.replace("in messages", "in messages[-4:]"),
+     CHATML.replace("{% for", "{{ messages[0].content if messages|length > 4 }}{% for")],
+)
+def test_a_template_that_leaves_out_or_repeats_turns_of_longer_conversations(core, template):
+    tokenizer = _tokenizer(core, template)
+    _encode(tokenizer, CONVERSATION)
+    with pytest.raises(DataError, match="does not write all of 6 turns once and in order"):
+        _encode(tokenizer, CONVERSATION + CONVERSATION[:2])
+
+
+@pytest.mark.parametrize("trims", [False, True])
+def test_the_space_of_a_token_counts_where_offsets_leave_it_out(core, trims):
+    """As in the tokenizer.json of many byte-level models."""
+    tokenizer = _tokenizer(core, None)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
+    sample = Sample("a", (), (Turn("user", "What is this?"), Turn("assistant", " A red fox ")), "x")
+    encoded = encode_sample(sample, tokenizer, resolve_template("mistral", tokenizer), num_patches=1)
+    assert _spans(tokenizer, encoded.labels) == ["  A red fox  </s>"]
+
+
+def test_a_marker_that_is_no_token_is_text_and_ends_answers_as_text(tmp_path):
+    tokenizer = load_tokenizer(str(write_llm(tmp_path / "llm")))
+    template = resolve_template("mpt", tokenizer)
+    assert (stop_string(tokenizer, template), stop_id(tokenizer, template)) == ("<|im_end|>", tokenizer.eos_token_id)
+
+
 def test_tokens_that_swallow_the_space_behind_them(core):
     tokenizer = _tokenizer(core, PHI)
     tokenizer.add_tokens(
@@ -164,9 +234,10 @@ def test_tokens_that_swallow_the_space_behind_them(core):
     ("template", "message"),
     [
         (None, "has none; name one of llava_ds"),
-        ("{{ messages[0]['content'] }}<|im_end|>", r"does not write two rounds .* it wrote turns \['0'\]"),
+        ("{{ messages[0]['content'] }}<|im_end|>", r"does not write all of 4 turns once .* it wrote \['0'\]"),
         ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "one special token after every answer is needed"),
-        ("{{ raise_exception('no') }}", "refuses a plain conversation"),
+        ("{{ raise_exception('no') }}", "cannot be used for two rounds"),
+        (CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), "would not see its prompt"),
     ],
 )
 def test_templates_that_cannot_be_used_are_refused_at_once(core, template, message):

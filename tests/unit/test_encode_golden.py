@@ -156,18 +156,12 @@ def test_v0_supervises_answers_and_stop_only(tokenizer):
 def test_a_prompt_is_the_beginning_of_the_training_text(tokenizer, template):
     turns = (Turn("user", "<image>\nWhat {} is this?"), Turn("assistant", "A {red} fox."))
     sample = Sample("a", ("a.png",), turns, "x")
-    encoded = encode_sample(sample, tokenizer, get_template(template), num_patches=3, max_length=512)
+    encoded = encode_sample(sample, tokenizer, get_template(template), num_patches=3)
     prompt = encode_prompt(turns[:1], tokenizer, get_template(template), num_patches=3)
     first_supervised = next(i for i, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
     assert first_supervised == len(prompt)
     assert list(encoded.input_ids[:first_supervised]) == prompt
     assert prompt.count(-200) == 3
-
-
-def test_too_long_names_both_lengths(tokenizer):
-    sample = Sample("long", (), (Turn("user", "a " * 50), Turn("assistant", "b")), "train.json[3]")
-    with pytest.raises(DataError, match=r"train.json\[3\] id='long': longer than data.max_length: \d+ tokens.* 16"):
-        encode_sample(sample, tokenizer, get_template("v1"), num_patches=1, max_length=16)
 
 
 def test_what_a_published_folder_states_is_kept(tmp_path):

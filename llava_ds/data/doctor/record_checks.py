@@ -93,8 +93,11 @@ class RecordChecks:
             check_images(sample)
             return found, None
         orders = self.text.encode_orders(sample)
-        if num_cut := max(encoded.num_cut_turns for encoded in orders):
-            found.append(("turns_cut", f"the last {num_cut} of {len(sample.turns)} turns do not fit"))
+        longest = max(orders, key=lambda encoded: encoded.num_cut_tokens)
+        if longest.num_cut_tokens:
+            num_turns = longest.num_cut_turns
+            what = f"the last {num_turns} of {len(sample.turns)} turns" if num_turns else "the end"
+            found.append(("turns_cut", f"{what}, {longest.num_cut_tokens} tokens, do not fit"))
         found += _unknown_tokens(self.text.tokenizer, orders[0].input_ids)
         return found, orders[0]
 
