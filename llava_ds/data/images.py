@@ -69,6 +69,9 @@ class ImageTransform:
         short = min(height, width)
         num_rows, num_columns = int(self.image_size * height / short), int(self.image_size * width / short)
         _check_fits(rgb, num_rows, num_columns)
+        if height > 2 * width and num_rows < height:  # Pillow 13's order for tall pictures
+            rgb = self._resized(rgb, num_rows, width)
+            height = num_rows
         # Columns first, as PIL: bars above and below may then wait until the rows are short.
         rgb = self._resized(self._padded(rgb, rgb.shape[0], width), rgb.shape[0], num_columns)
         rgb = self._resized(self._padded(rgb, height, num_columns), num_rows, num_columns)
