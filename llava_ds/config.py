@@ -120,7 +120,7 @@ class TrainConfig(_Strict):
     """What trains, for how long, and how fast."""
 
     trainable: list[Literal["projector", "llm"]] = Field(min_length=1)
-    epochs: float = Field(1, gt=0)
+    epochs: float = Field(1, gt=0, le=100_000)
     max_steps: int | None = Field(None, ge=1)
     global_batch_size: int = Field(ge=1)
     """Samples of one optimizer step, over all ranks and accumulation steps."""

@@ -69,29 +69,57 @@ def apply_launcher_environment(environ: MutableMapping[str, str]) -> Ranks:
 
 
 def run_on_main_first(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Runs ``work`` on rank 0 while the others wait, then on the others; an error on rank 0 reaches all.
+    """Runs ``work`` on rank 0 while the others wait, then on the others; an error on any rank reaches all.
 
     ``work`` must be idempotent: the other ranks find what rank 0 made.
     """
     if ranks.world_size == 1:
         return work()
-    # A group of its own: this work may take hours, while a collective of training that does is stuck.
-    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    failure: list[str | None] = [None]
-    result: list[T] = []
-    error: Exception | None = None
-    if ranks.is_main:
-        try:
-            result.append(work())
-        except Exception as caught:
-            error, failure[0] = caught, f"{type(caught).__name__}: {caught}"
-    dist.broadcast_object_list(failure, src=0, group=patient)
-    dist.destroy_process_group(patient)
+    result, error = _attempt(work) if ranks.is_main else (None, None)
+    _share_failure(ranks, error)
+    if not ranks.is_main:
+        result, error = _attempt(work)
+    _share_failure(ranks, error)
+    return result  # type: ignore[return-value]
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def _share_failure(ranks: Ranks, error: Exception | None) -> None:
+    failures = gather_objects(ranks, None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
-    if failure[0] is not None:
-        raise ConfigError(f"rank 0 failed, so rank {ranks.rank} stops: {failure[0]}")
-    return result[0] if ranks.is_main else work()
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise ConfigError(f"rank {rank} failed, so rank {ranks.rank} stops: {failure}")
+
+
+def gather_objects(ranks: Ranks, value: Any) -> list[Any]:
+    """[world_size] the value of every rank, on every rank. Waits for days, where a collective of training does not."""
+    if ranks.world_size == 1:
+        return [value]
+    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    values: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(values, value, group=patient)
+    dist.destroy_process_group(patient)
+    return values
+
+
+def check_agreement(ranks: Ranks, what: str, value: str) -> None:
+    """Raises ConfigError on every rank, naming the ranks that differ from rank 0, unless all have the same value."""
+    values = gather_objects(ranks, value)
+    differing = [rank for rank, other in enumerate(values) if other != values[0]]
+    if differing:
+        raise ConfigError(
+            f"{what} differ between ranks: rank 0 has {values[0]}, rank {differing[0]} has {values[differing[0]]}"
+            f" ({len(differing)} rank(s) differ: {', '.join(map(str, differing[:8]))}).\n"
+            "  Look whether every machine sees the same files."
+        )
 
 
 def flush_and_exit(code: int) -> None:

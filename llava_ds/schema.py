@@ -110,11 +110,20 @@ class Batch:
     sample_ids: tuple[str, ...]
     problems: tuple[str, ...] = ()
 
+    @property
+    def num_tokens(self) -> int:
+        """Positions that hold a token of a sample; a batch without samples has none."""
+        if not self.sample_ids:
+            return 0
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; the DataLoader asks for it."""
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
+
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on ``device``."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}

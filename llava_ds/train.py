@@ -38,7 +38,8 @@ def main(ds_json: Path, recipe: str, overrides: tuple[str, ...], run_dir: Path |
         code = 0
     except (ConfigError, DataError, CheckpointError, BackendUnavailableError) as error:
         # Settings are the same on every rank: one of each machine says what is wrong with them.
-        if ranks is None or ranks.local_rank == 0 or not isinstance(error, ConfigError):
+        same_everywhere = isinstance(error, ConfigError) or getattr(error, "on_every_rank", False)
+        if ranks is None or ranks.local_rank == 0 or not same_everywhere:
             print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
     except Exception:
         # The process ends below without Python's own report.
@@ -107,7 +108,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
 
     lock = start_run(run_dir, config, ds_config, model, attention, packing, initial_weights, data, ranks)
     settings = LoopSettings(
-        ranks.world_size, data.plan.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps,
+        ranks, data.plan.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps,
         device, config.data.max_bad_frac,
     )
     save = partial(save_step, engine, run_dir, keep_last=config.train.keep_last, is_main=ranks.is_main)

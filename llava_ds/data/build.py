@@ -16,7 +16,7 @@ import torch
 from llava_ds.config import RunConfig
 from llava_ds.data.collator import Collator
 from llava_ds.data.dataset import LlavaDataset
-from llava_ds.data.feature_cache import open_feature_cache
+from llava_ds.data.feature_cache import FeatureCache, open_feature_cache
 from llava_ds.data.formats import open_source
 from llava_ds.data.images import ImageTransform
 from llava_ds.data.lengths import LengthTable, join_lengths, measure_source
@@ -26,7 +26,7 @@ from llava_ds.data.order import Part, epoch_size
 from llava_ds.data.packing import BatchSizes, Packing
 from llava_ds.data.sampler import START, DataState, StepPlan, plan_run, steps_per_epoch
 from llava_ds.data.text_pipeline import TextPipeline
-from llava_ds.distributed import Ranks, run_on_main_first
+from llava_ds.distributed import Ranks, check_agreement, run_on_main_first
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import Image, StoredImage
 
@@ -100,6 +100,7 @@ def build_training_data(
     )
     plan = plan_data(config, packing, text, ranks)
     has_images = bool(plan.lengths.rows["num_images"][_all_indices(plan.parts)].any())
+    skip_bad = settings.on_bad_sample == "skip"
     load_image: Callable[[Image], torch.Tensor] = transform.levels
     blank = torch.zeros((3, transform.image_size, transform.image_size), dtype=torch.uint8)
     if settings.feature_cache and has_images:
@@ -108,7 +109,7 @@ def build_training_data(
     if features:
         blank = torch.zeros(feature_shape)
     loader = build_loader(
-        LlavaDataset(plan.source, text, load_image, blank, settings.on_bad_sample == "skip"),
+        LlavaDataset(plan.source, text, load_image, blank, skip_bad),
         Collator(packing, blank, features),
         plan.steps,
         ranks.rank,
@@ -133,11 +134,21 @@ def plan_data(config: RunConfig, packing: str, text: TextPipeline, ranks: Ranks)
         ]
 
     source, tables = run_on_main_first(ranks, open_and_measure)
+    digest = hashlib.sha256(source.fingerprint.encode())
+    for table in tables:
+        digest.update(repr(table.reasons).encode())
+        digest.update(table.rows.tobytes())
+    check_agreement(ranks, "the records and what is good of them", digest.hexdigest()[:16])
     parts = tuple(
         Part(start + table.good(), entry.weight)
-        for start, table, entry in zip(source.starts, tables, entries, strict=False)
+        for start, table, entry in zip(source.starts[:-1], tables, entries, strict=True)
     )
     lengths = join_lengths(tables)
+    if sum(len(part.indices) * part.weight for part in parts) < 1 <= sum(len(part.indices) for part in parts):
+        raise ConfigError(
+            f"the weights of data.mixture, {[part.weight for part in parts]}, take less than one sample an epoch of "
+            f"{[len(part.indices) for part in parts]}; raise them"
+        )
     if not any(len(part.indices) for part in parts):
         skipped = lengths.skipped()
         raise DataError(f"no sample is left to train on; {sum(skipped.values())} were skipped: {dict(skipped)}")
@@ -197,7 +208,12 @@ def _open_feature_cache(
             torch.set_num_threads(num_threads)
 
     log = print if ranks.is_main else _silent
-    cache = run_on_main_first(ranks, lambda: open_feature_cache(folder, files, feature_shape, compute, log=log))
+    skip_bad = config.data.on_bad_sample == "skip"
+
+    def fill() -> FeatureCache:
+        return open_feature_cache(folder, files, feature_shape, compute, skip_bad, log=log)
+
+    cache = run_on_main_first(ranks, fill)
     return lambda image: cache(Path(str(image)))
 
 

@@ -23,6 +23,12 @@ from llava_ds.schema import StoredImage
 _MAX_PIXELS = 2**28
 
 
+IMAGE_REASONS = (
+    "image file is missing", "image cannot be read", "image does not decode", "image is too far from a square",
+)
+"""``reason`` of the errors about a picture."""
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """Resizes and normalises as CLIP does, within 2 of 255 levels of its official geometry in PIL.
@@ -133,11 +139,23 @@ def _naming(image: str | Path | StoredImage) -> Iterator[None]:
             f"image {_name(image)}: no such file; fix the path, or the image root before it",
             reason="image file is missing",
         ) from error
+    except MemoryError:
+        raise
     except DataError as error:  # of the archive that a stored image is in
         raise DataError(f"image {_name(image)}: {error}", reason=error.reason) from error
-    except Exception as error:  # PIL's plugins raise whatever their parsing ran into
+    except OSError as error:
+        if error.errno is None:  # PIL's own, about what is in the file
+            raise _undecodable(image, error) from error
         raise DataError(
-            f"image {_name(image)} does not decode: {type(error).__name__}: {error}; "
-            "replace the file or drop its record",
-            reason="image does not decode",
+            f"image {_name(image)} cannot be read: {error}; see that the file can be opened, and try again",
+            reason="image cannot be read",
         ) from error
+    except Exception as error:  # PIL's plugins raise whatever their parsing ran into
+        raise _undecodable(image, error) from error
+
+
+def _undecodable(image: str | Path | StoredImage, error: Exception) -> DataError:
+    return DataError(
+        f"image {_name(image)} does not decode: {type(error).__name__}: {error}; replace the file or drop its record",
+        reason="image does not decode",
+    )

@@ -19,7 +19,7 @@ import numpy as np
 
 from llava_ds.data.cache import cache_folder
 from llava_ds.data.forked import map_forked
-from llava_ds.data.images import check_image_header
+from llava_ds.data.images import IMAGE_REASONS, check_image_header
 from llava_ds.data.source import Source
 from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.errors import DataError
@@ -32,7 +32,7 @@ GOOD = -1
 # One row a record; of the pairs, the first is for the image before the question, the second for it after.
 _ROW = np.dtype(
     [
-        ("num_tokens", "i4", 2), ("num_supervised", "i4", 2), ("num_images", "i2", 2), ("num_cut_tokens", "i4"),
+        ("num_tokens", "i4", 2), ("num_supervised", "i4", 2), ("num_images", "i4", 2), ("num_cut_tokens", "i4"),
         ("key", "u8"), ("reason", "i2"),
     ]
 )
@@ -125,7 +125,7 @@ def measure_source(
         rows, reasons = np.zeros(len(source), _ROW), list[str]()
     else:
         rows, reasons = known
-        again = [number for number, reason in enumerate(reasons) if reason in _IMAGE_REASONS]
+        again = [number for number, reason in enumerate(reasons) if reason in IMAGE_REASONS]
         todo = np.flatnonzero(np.isin(rows["reason"], again)).tolist()
         rows = rows.copy() if todo else rows
     for indices, chunk, chunk_reasons in _run(work, todo, num_processes or len(os.sched_getaffinity(0)), log):
@@ -136,11 +136,8 @@ def measure_source(
         chunk["reason"] = renumber[chunk["reason"]]
         rows[indices] = chunk
     if len(todo):
-        _save(file, rows, reasons)
+        _keep(file, rows, reasons, log)
     return _checked(work, LengthTable(rows, tuple(reasons), text.placement == "random", text.seed), on_bad_sample)
-
-
-_IMAGE_REASONS = ("image file is missing", "image does not decode")
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ class _Work:
             elif not os.path.isfile(image):
                 raise DataError(
                     f"{sample.where()}: image {image}: no such file; fix the path or data.image_root",
-                    reason=_IMAGE_REASONS[0],
+                    reason=IMAGE_REASONS[0],
                 )
 
 
@@ -228,8 +225,15 @@ def _load(file: Path, num_records: int) -> tuple[np.ndarray, list[str]] | None:
         return None
 
 
+def _keep(file: Path, rows: np.ndarray, reasons: list[str], log: Callable[[str], None]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _save(file, rows, reasons)
+    except OSError as error:
+        log(f"lengths are not kept, they will be measured again: {error}; set LLAVA_DS_CACHE to a folder of your own")
+
+
 def _save(file: Path, rows: np.ndarray, reasons: list[str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{uuid.uuid4().hex}.tmp")
     unfinished.write_text(json.dumps({"reasons": reasons, "crc32": zlib.crc32(rows.data)}))
     unfinished.rename(file.with_suffix(".json"))

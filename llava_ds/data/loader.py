@@ -63,7 +63,19 @@ class BatchStream:
     loader: torch.utils.data.DataLoader[Any]
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
+        batches = iter(self.loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(
+                    f"a worker of the data loader died: {error}\n"
+                    "  Where memory ran out, lower data.num_workers or train.micro_batch_size."
+                ) from error
             if isinstance(batch, DataError):
                 raise batch
             yield batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llava_ds.data.sampler import START, DataState, StepPlan
+from llava_ds.distributed import Ranks, gather_objects
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import Batch
 
@@ -30,7 +31,7 @@ class Tracker(Protocol):
 class LoopSettings:
     """What the loop must know of the run."""
 
-    world_size: int
+    ranks: Ranks
     grad_accum_steps: int
     """Of a whole step, as DeepSpeed was told; a step may take more (``train.micro_batch_tokens``) or fewer."""
     loss_averaging: str
@@ -68,41 +69,45 @@ def train(
     micro-batches, so its gradients do not depend on how the step is split; with ``per_micro_batch`` every
     micro-batch of every rank is averaged by itself first, as the official trainer does.
 
-    Raises ConfigError on every rank when the loss of a step is not finite, and DataError on every rank when too many
-    pictures were bad.
+    Before a step the ranks agree that all have its data. Raises on every rank: DataError when one has not, when too
+    many pictures were bad, or when the data is not what was planned; ConfigError when a loss is not finite.
     """
-    progress = Progress()
+    progress, saved = Progress(), 0
     stream = iter(batches)
     engine.train()
     for plan in plans:
         started = time.perf_counter()
         lr = engine.get_lr()[0]
-        denominator = max(1, supervised_tokens(plan))
-        totals = torch.zeros(4, dtype=torch.float64)  # loss, tokens, seconds spent waiting for data, bad samples
-        num_micro_steps = len(plan.micro_batches)
-        for micro_step in range(num_micro_steps):
-            waiting = time.perf_counter()
-            batch = next(stream)
-            totals[2] += time.perf_counter() - waiting
-            totals[3] += len(batch.problems)
+        micro_batches, failure = _next_batches(stream, len(plan.micro_batches))
+        waited = time.perf_counter() - started
+        num_supervised, num_bad = _agree(micro_batches, failure, settings)
+        num_seen = progress.samples_seen + len(plan.slots)
+        if _too_many_bad(progress.bad_samples + num_bad, num_seen, settings.max_bad_frac):
+            if progress.step > saved:
+                save(progress)
+            raise _bad_samples_error(progress.bad_samples + num_bad, num_seen, progress.step, settings.max_bad_frac)
+        if not num_bad:
+            _check_planned(supervised_tokens(plan), num_supervised)
+        losses, num_tokens = [], 0
+        for number, batch in enumerate(micro_batches):
             for problem in batch.problems:
                 print(f"left out of step {progress.step + 1}: {problem}")
-            share = _step_share(batch, denominator, num_micro_steps, settings)
-            engine.set_gradient_accumulation_boundary(micro_step == num_micro_steps - 1)
+            share = _step_share(batch, plan, num_supervised, settings)
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
             loss = engine(batch.to(settings.device)) * share
-            totals[0] += loss.item()
-            totals[1] += batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
+            losses.append(loss.detach())
+            num_tokens += batch.num_tokens
             # DeepSpeed averages over ranks and over the accumulation steps that it was told; ours is a sum.
-            engine.backward(loss * (settings.world_size * settings.grad_accum_steps))
+            engine.backward(loss * (settings.ranks.world_size * settings.grad_accum_steps))
             engine.step()
-        totals = _sum_over_ranks(totals, settings)
+        step_loss = float(torch.stack(losses).double().sum())
+        totals = _sum_over_ranks(torch.tensor([step_loss, num_tokens, waited], dtype=torch.float64), settings)
         progress.step += 1
         progress.samples_seen += len(plan.slots)
         progress.tokens_seen += int(totals[1])
+        progress.bad_samples += num_bad
         progress.loss = float(totals[0])
-        progress.bad_samples += int(totals[3])
         progress.data_state = plan.state_after
-        _check_bad_samples(progress, settings.max_bad_frac)
         if not math.isfinite(progress.loss):  # summed over the ranks: every one stops here
             raise ConfigError(
                 f"the loss of step {progress.step} is {progress.loss}; nothing is saved from it.\n"
@@ -116,7 +121,7 @@ def train(
             "grad_norm": _grad_norm(engine),
             "samples_per_s": len(plan.slots) / seconds,
             "tokens_per_s": float(totals[1]) / seconds,
-            "data_wait_frac": float(totals[2]) / settings.world_size / seconds,
+            "data_wait_frac": float(totals[2]) / settings.ranks.world_size / seconds,
             "samples_seen": progress.samples_seen,
             "tokens_seen": progress.tokens_seen,
             "step_s": seconds,
@@ -126,32 +131,69 @@ def train(
             tracker.log(record)
         if settings.save_steps and progress.step % settings.save_steps == 0:
             save(progress)
-    if not settings.save_steps or progress.step % settings.save_steps:
+            saved = progress.step
+    if progress.step > saved:
         save(progress)
     for tracker in trackers:
         tracker.close()
     return progress
 
 
-def _step_share(batch: Batch, denominator: int, num_micro_steps: int, settings: LoopSettings) -> float:
-    if settings.loss_averaging == "global_tokens":
-        return 1.0 / denominator
-    return 1.0 / (max(1, batch.num_supervised) * settings.world_size * num_micro_steps)
+def _next_batches(stream: Iterator[Batch], count: int) -> tuple[list[Batch], DataError | None]:
+    """The micro-batches of a step, or what kept this rank from having them."""
+    try:
+        return [next(stream) for _ in range(count)], None
+    except DataError as error:
+        return [], error
 
 
-def _check_bad_samples(progress: Progress, max_bad_frac: float) -> None:
+def _agree(batches: Sequence[Batch], failure: DataError | None, settings: LoopSettings) -> tuple[int, int]:
+    """Supervised tokens and bad samples of a step over all ranks. Raises DataError on all when one has a failure."""
+    counts = (sum(b.num_supervised for b in batches), sum(len(b.problems) for b in batches), int(failure is not None))
+    num_supervised, num_bad, num_failed = _sum_over_ranks(torch.tensor(counts, dtype=torch.float64), settings).tolist()
+    if num_failed:
+        for rank, message in enumerate(gather_objects(settings.ranks, failure and str(failure))):
+            if message is not None:
+                where = f"rank {rank}: " if settings.ranks.world_size > 1 else ""
+                raise DataError(where + message, on_every_rank=True) from failure
+    return int(num_supervised), int(num_bad)
+
+
+def _check_planned(planned: int, found: int) -> None:
+    if planned != found:
+        raise DataError(
+            f"the step was planned with {planned} supervised tokens but has {found}: the data changed while it was "
+            "being read, or after its lengths were kept.\n  Delete the folder 'lengths' in LLAVA_DS_CACHE (default "
+            "~/.cache/llava_ds) and the data's .index file, and start again.",
+            on_every_rank=True,
+        )
+
+
+def _too_many_bad(num_bad: int, num_seen: int, max_bad_frac: float) -> bool:
     """The first ten are let pass, so that an early one does not end a run that allows for some."""
-    if progress.bad_samples <= max(10 if max_bad_frac else 0, max_bad_frac * progress.samples_seen):
-        return
-    raise DataError(
-        f"{progress.bad_samples} of {progress.samples_seen} samples had a picture that is missing or does not decode, "
-        f"more than data.max_bad_frac={max_bad_frac:g} allows; their names stand above.\n"
-        "  Look at them with tools/doctor, or raise data.max_bad_frac."
+    return num_bad > max(10 if max_bad_frac else 0, max_bad_frac * num_seen)
+
+
+def _bad_samples_error(num_bad: int, num_seen: int, step: int, max_bad_frac: float) -> DataError:
+    saved = f"; step {step} is saved" if step else ""
+    return DataError(
+        f"{num_bad} of {num_seen} samples had a picture that is missing or does not decode, more than "
+        f"data.max_bad_frac={max_bad_frac:g} allows{saved}.\n"
+        "  Look at the data with tools/doctor, or raise data.max_bad_frac.",
+        on_every_rank=True,
     )
 
 
+def _step_share(batch: Batch, plan: StepPlan, num_supervised: int, settings: LoopSettings) -> float:
+    """What a micro-batch's summed loss is multiplied with."""
+    if settings.loss_averaging == "global_tokens":
+        return 1.0 / max(1, num_supervised)
+    num_filled = sum(bool(share) for row in plan.micro_batches for share in row)
+    return 1.0 / (max(1, batch.num_supervised) * num_filled)
+
+
 def _sum_over_ranks(totals: torch.Tensor, settings: LoopSettings) -> torch.Tensor:
-    if settings.world_size == 1:
+    if settings.ranks.world_size == 1:
         return totals
     moved = totals.to(settings.device)
     dist.all_reduce(moved)

@@ -87,7 +87,10 @@ def start_run(
         "world_size": ranks.world_size,
         "num_samples": data.plan.num_samples,
         "num_steps": data.plan.num_steps,
-        "data": {source.name: source.fingerprint for source in data.plan.source.sources},
+        "data": [
+            entry.model_dump() | {"num_records": len(source), "fingerprint": source.fingerprint}
+            for entry, source in zip(config.data.sources(), data.plan.source.sources, strict=True)
+        ],
         "skipped": dict(data.skipped),
         "truncated": data.plan.lengths.num_cut(),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},

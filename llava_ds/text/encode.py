@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Tokenizer, processors
+
 from llava_ds.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import EncodedSample, Sample, Turn
@@ -27,7 +29,7 @@ def encode_sample(sample: Sample, tokenizer: Any, template: AnyTemplate, num_pat
     """
     turns = rounds_of(sample, template)
     check_images(sample)
-    ids, labels = encode_turns(turns, tokenizer, template, num_patches)
+    ids, labels = encode_turns_of(sample, turns, tokenizer, template, num_patches)
     return EncodedSample(sample.id, sample.images, tuple(ids), tuple(labels))
 
 
@@ -53,6 +55,16 @@ def stop_id(tokenizer: Any, template: AnyTemplate) -> int | None:
 def is_token(tokenizer: Any, special: Special) -> bool:
     """Whether the tokenizer has the special token; else its string is text."""
     return _special_id(tokenizer, special) is not None
+
+
+def encode_turns_of(
+    sample: Sample, turns: Sequence[Turn], tokenizer: Any, template: AnyTemplate, num_patches: int
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of some turns of a sample. Raises DataError, naming it, when the template refuses them."""
+    try:
+        return encode_turns(turns, tokenizer, template, num_patches)
+    except DataError as error:
+        raise DataError(f"{sample.where()}: {error}", error.reason, sample.id) from error
 
 
 def encode_turns(
@@ -140,10 +152,8 @@ def _supervised(
             spans.append((begin, position))
     if not spans:
         return [False] * len(offsets)
-    found, current, previous_end = [], 0, 0
+    found, current = [], 0
     for begin, end in offsets:
-        # A tokenizer may count the space of a token out of its offsets (ByteLevel's trim_offsets).
-        begin, previous_end = min(begin, previous_end), end
         while current < len(spans) - 1 and spans[current][1] <= begin:
             current += 1
         found.append(begin < spans[current][1] and end > spans[current][0])
@@ -152,13 +162,24 @@ def _supervised(
 
 def _core(tokenizer: Any) -> Any:
     """The Rust tokenizer, set so that special tokens in a text stay text, and nothing is cut or filled."""
-    core = tokenizer.backend_tokenizer
+    core = getattr(tokenizer, "_llava_ds_core", None)
+    if core is None:
+        core = tokenizer._llava_ds_core = _with_whole_offsets(tokenizer.backend_tokenizer)
     core.encode_special_tokens = True
     if core.truncation is not None:
         core.no_truncation()
     if core.padding is not None:
         core.no_padding()
     return core
+
+
+def _with_whole_offsets(core: Any) -> Any:
+    """The tokenizer itself, or a copy where its post-processor would count spaces out of the offsets of tokens."""
+    if '"trim_offsets":true' not in core.to_str():
+        return core
+    copy = Tokenizer.from_str(core.to_str())
+    copy.post_processor = processors.ByteLevel(trim_offsets=False)  # texts are encoded without special tokens
+    return copy
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from llava_ds.constants import IMAGE_PLACEHOLDER
+from llava_ds.errors import DataError
 from llava_ds.schema import Sample, Turn
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio, as splitmix64 (Steele, Lea, Flood 2014) steps
@@ -20,11 +21,13 @@ def apply_placement(sample: Sample, mode: str, seed: int, epoch: int) -> Sample:
     ``as_data`` changes nothing. ``front`` puts the images of every question before it, as the released code does.
     ``random`` puts those of the first question before or after it, with equal chance, as a pure function of (seed,
     epoch, sample id): no worker count and no resume changes it. Later turns stay as they are.
+
+    Raises DataError, naming the record, when a placeholder taken out leaves another one behind.
     """
     if mode == "as_data":
         return sample
     if mode == "front":
-        turns = tuple(_placed(turn, image_first=True) if turn.role == "user" else turn for turn in sample.turns)
+        turns = tuple(_placed(sample, turn, True) if turn.role == "user" else turn for turn in sample.turns)
         return replace(sample, turns=turns)
     return place_first_images(sample, bool(is_image_first(seed, epoch, sample_key(sample.id))))
 
@@ -34,15 +37,21 @@ def place_first_images(sample: Sample, image_first: bool) -> Sample:
     number = next((n for n, turn in enumerate(sample.turns) if turn.role == "user"), None)
     if number is None:
         return sample
-    placed = _placed(sample.turns[number], image_first)
+    placed = _placed(sample, sample.turns[number], image_first)
     return replace(sample, turns=(*sample.turns[:number], placed, *sample.turns[number + 1 :]))
 
 
-def _placed(turn: Turn, image_first: bool) -> Turn:
+def _placed(sample: Sample, turn: Turn, image_first: bool) -> Turn:
     num_images = turn.text.count(IMAGE_PLACEHOLDER)
     if num_images == 0:
         return turn
     question = turn.text.replace(IMAGE_PLACEHOLDER, "").strip()
+    if IMAGE_PLACEHOLDER in question:  # of <im<image>age>
+        raise DataError(
+            f"{sample.where()}: without its '{IMAGE_PLACEHOLDER}' the question reads '{IMAGE_PLACEHOLDER}' again; fix "
+            "the record",
+            reason=f"'{IMAGE_PLACEHOLDER}' within '{IMAGE_PLACEHOLDER}'",
+        )
     images = "\n".join([IMAGE_PLACEHOLDER] * num_images)
     ordered = (images, question) if image_first else (question, images)
     return replace(turn, text="\n".join(part for part in ordered if part))

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from llava_ds.constants import IMAGE_PLACEHOLDER
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import EncodedSample, Sample
-from llava_ds.text.encode import encode_sample, encode_turns, rounds_of, too_long
+from llava_ds.text.encode import encode_sample, encode_turns_of, rounds_of, too_long
 from llava_ds.text.official import encode_official
 from llava_ds.text.templates import AnyTemplate
 
@@ -54,7 +54,7 @@ def _keep_first_rounds(
     turns = rounds_of(sample, template)
 
     def encode(num_rounds: int) -> tuple[list[int], list[int]]:
-        return encode_turns(turns[: 2 * num_rounds], tokenizer, template, num_patches)
+        return encode_turns_of(sample, turns[: 2 * num_rounds], tokenizer, template, num_patches)
 
     fits, too_many = 0, len(turns) // 2
     best: tuple[list[int], list[int]] = ([], [])
