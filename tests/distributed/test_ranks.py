@@ -1,9 +1,13 @@
 """Ranks wait for the work of rank 0 for as long as it takes, and hear of its failure."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from llava_ds.distributed import free_port
+from tests.distributed.test_zero import ROOT, _environ
 
 JOB = """
 import os, time
@@ -44,3 +48,21 @@ def test_ranks_wait_for_rank_0_and_hear_of_its_failure(tmp_path):
         "0: ['done by 0', 'no such thing']",
         "1: ['done by 1', 'rank 0 failed, so rank 1 stops: ConfigError: no such thing']",
     ]
+
+
+def test_ranks_that_differ_are_named_on_every_rank(tmp_path):
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
+    command += [str(Path(__file__).with_name("agree_job.py")), str(tmp_path)]
+    environ = _environ() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["gathered"] == second["gathered"] == [{"rank": 0}, {"rank": 1}]
+    assert first["same"] == second["same"] == "fine: None"
+    assert first["different"] == second["different"]
+    assert first["different"].startswith("ConfigError: the plans differ between ranks: rank 0 has abc0, rank 1 has abc1")
+    assert first["main fails"] == "DataError: no data on rank 0"
+    assert second["main fails"] == "ConfigError: rank 0 failed, so rank 1 stops: DataError: no data on rank 0"
+    assert first["other fails"] == "ConfigError: rank 1 failed, so rank 0 stops: DataError: no data on rank 1"
+    assert second["other fails"] == "DataError: no data on rank 1"
+    assert first["none fails"] == second["none fails"] == "fine: made"

@@ -108,8 +108,26 @@ def test_a_picture_that_does_not_decode_is_named_by_a_worker_without_a_traceback
     assert done.returncode != 0
     assert "DataError" in done.stderr
     assert str(data / "2.png") in done.stderr
-    assert "Traceback" not in done.stderr.split("DataError")[0]
+    assert done.stderr.count("DataError: rank") == 1  # both ranks stop, one says it
+    assert "Traceback" not in done.stderr
     assert not list((world / "broken_run").glob("checkpoints/*/COMPLETE"))
+
+
+def test_too_many_bad_pictures_end_the_run_on_every_rank_and_lose_no_step(world):
+    data = world / "mostly_broken"
+    shutil.copytree(world / "data", data)
+    for number in (4, 5, 6, 8, 9):
+        whole = (data / f"{number}.png").read_bytes()
+        (data / f"{number}.png").write_bytes(whole[: len(whole) // 2])  # begins as a picture does
+    recipe = write_recipe(world, data__path=str(data / "train.json"), data__on_bad_sample="skip",
+                          data__max_bad_frac=0.0, train__global_batch_size=2, train__micro_batch_size=1)
+    done = _launch(recipe, "zero3", 2, world / "mostly_broken_run")
+    assert done.returncode != 0
+    assert done.stderr.count("data.max_bad_frac=0 allows") == 1
+    assert "Traceback" not in done.stderr
+    num_done = len(_losses(world / "mostly_broken_run")) if (world / "mostly_broken_run/metrics.jsonl").exists() else 0
+    assert len(list((world / "mostly_broken_run").glob("checkpoints/*/COMPLETE"))) == min(num_done, 1)
+    assert (f"step {num_done} is saved" in done.stderr) == (num_done > 0)
 
 
 def test_stage_1_trains_the_projector_alone_and_stage_2_starts_from_it(world):
