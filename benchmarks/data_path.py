@@ -26,8 +26,8 @@ from llava_ds.data.collator import Collator
 from llava_ds.data.dataset import LlavaDataset
 from llava_ds.data.images import ImageTransform
 from llava_ds.data.lengths import measure_source
-from llava_ds.data.llava_json import open_llava_jsonl
 from llava_ds.data.sampler import Slot
+from llava_ds.data.sources.llava_json import open_llava_jsonl
 from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.models.build import load_tokenizer
 from llava_ds.ops.normalise import normalise_levels

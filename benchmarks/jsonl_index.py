@@ -50,7 +50,7 @@ figures = {}
 """
 OURS = """
 from pathlib import Path
-from llava_ds.data.jsonl import open_jsonl, parse_line
+from llava_ds.data.sources.jsonl import open_jsonl, parse_line
 
 def open_and_read_one():
     file = open_jsonl(Path(path), log=lambda _: None)

@@ -17,14 +17,15 @@ from llava_ds.config import RunConfig
 from llava_ds.data.collator import Collator
 from llava_ds.data.dataset import LlavaDataset
 from llava_ds.data.feature_cache import FeatureCache, open_feature_cache
-from llava_ds.data.formats import open_source
 from llava_ds.data.images import ImageTransform
-from llava_ds.data.lengths import LengthTable, join_lengths, measure_source
+from llava_ds.data.length_table import LengthTable, join_lengths
+from llava_ds.data.lengths import measure_source
 from llava_ds.data.loader import BatchStream, build_loader
-from llava_ds.data.mixture import JoinedSources
 from llava_ds.data.order import Part, epoch_size
 from llava_ds.data.packing import BatchSizes, Packing
 from llava_ds.data.sampler import START, DataState, StepPlan, plan_run, steps_per_epoch
+from llava_ds.data.sources.formats import open_source
+from llava_ds.data.sources.mixture import JoinedSources
 from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.distributed import Ranks, check_agreement, run_on_main_first
 from llava_ds.errors import ConfigError, DataError
@@ -137,7 +138,7 @@ def plan_data(config: RunConfig, packing: str, text: TextPipeline, ranks: Ranks)
     digest = hashlib.sha256(source.fingerprint.encode())
     for table in tables:
         digest.update(repr(table.reasons).encode())
-        digest.update(table.rows.tobytes())
+        digest.update(table.rows.data)
     check_agreement(ranks, "the records and what is good of them", digest.hexdigest()[:16])
     parts = tuple(
         Part(start + table.good(), entry.weight)

@@ -6,97 +6,27 @@ They are known before any image is decoded, and a bad record is found before tra
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import uuid
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from llava_ds.data.cache import cache_folder
 from llava_ds.data.forked import map_forked
 from llava_ds.data.images import IMAGE_REASONS, check_image_header
-from llava_ds.data.source import Source
+from llava_ds.data.length_cache import keep_rows, load_rows
+from llava_ds.data.length_table import GOOD, ROW, LengthTable
+from llava_ds.data.sources.source import Source
 from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.errors import DataError
 from llava_ds.schema import Sample
 from llava_ds.text.encode import TOO_LONG
-from llava_ds.text.placement import is_image_first, sample_key
+from llava_ds.text.placement import sample_key
 from llava_ds.text.truncation import NOTHING_LEFT
 
-GOOD = -1
-# One row a record; of the pairs, the first is for the image before the question, the second for it after.
-_ROW = np.dtype(
-    [
-        ("num_tokens", "i4", 2), ("num_supervised", "i4", 2), ("num_images", "i4", 2), ("num_cut_tokens", "i4"),
-        ("key", "u8"), ("reason", "i2"),
-    ]
-)
 _CHUNK = 512
 _FEW = 2 * _CHUNK  # so many are measured as fast as the kept lengths are found
-
-
-@dataclass(frozen=True)
-class LengthTable:
-    """What is known of every record, by its number; see ``_ROW``. ``rows["reason"]`` is GOOD or a number of reasons."""
-
-    rows: np.ndarray
-    reasons: tuple[str, ...]
-    random_placement: bool
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def good(self) -> np.ndarray:
-        """Numbers of the records that can be trained on."""
-        return np.flatnonzero(self.rows["reason"] == GOOD)
-
-    def skipped(self) -> Counter[str]:
-        """How many records cannot, by reason."""
-        numbers, counts = np.unique(self.rows["reason"], return_counts=True)
-        return Counter({self.reasons[n]: int(c) for n, c in zip(numbers, counts, strict=True) if n != GOOD})
-
-    def num_cut(self) -> int:
-        """How many good records lose their end because they are too long."""
-        return int(((self.rows["num_cut_tokens"] > 0) & (self.rows["reason"] == GOOD)).sum())
-
-    def tokens(self, indices: np.ndarray, passes: np.ndarray) -> np.ndarray:
-        """Tokens of records [n] in their passes [n], images counted."""
-        return self._of("num_tokens", indices, passes)
-
-    def supervised(self, indices: np.ndarray, passes: np.ndarray) -> np.ndarray:
-        """Supervised tokens of records [n] in their passes [n]."""
-        return self._of("num_supervised", indices, passes)
-
-    def images(self, indices: np.ndarray) -> np.ndarray:
-        """Images of records [n]; the larger number where it depends on the order that fits."""
-        return self.rows["num_images"][indices].max(axis=1).astype(np.int64)
-
-    def _of(self, field: str, indices: np.ndarray, passes: np.ndarray) -> np.ndarray:
-        rows = self.rows[indices]
-        if not self.random_placement:
-            return rows[field][:, 0].astype(np.int64)
-        first = is_image_first(self.seed, passes, rows["key"])
-        return np.where(first, rows[field][:, 0], rows[field][:, 1]).astype(np.int64)
-
-
-def join_lengths(parts: Sequence[LengthTable]) -> LengthTable:
-    """The lengths of several sources after one another."""
-    if len(parts) == 1:
-        return parts[0]
-    reasons = tuple(dict.fromkeys(reason for part in parts for reason in part.reasons))
-    rows = np.concatenate([part.rows for part in parts])
-    start = 0
-    for part in parts:
-        renumber = np.array([*(reasons.index(reason) for reason in part.reasons), GOOD])
-        rows["reason"][start : start + len(part)] = renumber[part.rows["reason"]]
-        start += len(part)
-    return LengthTable(rows, reasons, parts[0].random_placement, parts[0].seed)
 
 
 def measure_source(
@@ -119,10 +49,10 @@ def measure_source(
         return _checked(work, LengthTable(rows, tuple(reasons), text.placement == "random", text.seed), on_bad_sample)
     key = hashlib.sha256(f"{source.fingerprint}|{text.fingerprint()}|{on_bad_sample}".encode()).hexdigest()
     file = cache_folder() / "lengths" / f"{key[:32]}.npy"
-    known = _load(file, len(source))
+    known = load_rows(file, len(source))
     if known is None:
         todo: Sequence[int] | range = range(len(source))
-        rows, reasons = np.zeros(len(source), _ROW), list[str]()
+        rows, reasons = np.zeros(len(source), ROW), list[str]()
     else:
         rows, reasons = known
         again = [number for number, reason in enumerate(reasons) if reason in IMAGE_REASONS]
@@ -136,7 +66,7 @@ def measure_source(
         chunk["reason"] = renumber[chunk["reason"]]
         rows[indices] = chunk
     if len(todo):
-        _keep(file, rows, reasons, log)
+        keep_rows(file, rows, reasons, log)
     return _checked(work, LengthTable(rows, tuple(reasons), text.placement == "random", text.seed), on_bad_sample)
 
 
@@ -159,7 +89,7 @@ class _Work:
 
     def chunk(self, indices: Sequence[int]) -> tuple[Sequence[int], np.ndarray, list[str]]:
         """Rows of some records, and the reasons that they number."""
-        rows, reasons = np.zeros(len(indices), _ROW), []
+        rows, reasons = np.zeros(len(indices), ROW), []
         for number, index in enumerate(indices):
             try:
                 rows[number] = self.measure(index)
@@ -212,33 +142,3 @@ def _checked(work: _Work, lengths: LengthTable, on_bad_sample: str) -> LengthTab
         + "\n  ".join(messages)
         + "\n  Fix them, or set data.on_bad_sample=skip to leave them out (tools/doctor lists them all)."
     )
-
-
-def _load(file: Path, num_records: int) -> tuple[np.ndarray, list[str]] | None:
-    """What was kept, or None when it is not there, not whole or not what was written."""
-    try:
-        rows = np.load(file, mmap_mode="r")
-        facts = json.loads(file.with_suffix(".json").read_text())
-        fits = rows.dtype == _ROW and rows.shape == (num_records,) and zlib.crc32(rows.data) == facts["crc32"]
-        return (rows, list(facts["reasons"])) if fits else None
-    except (OSError, EOFError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _keep(file: Path, rows: np.ndarray, reasons: list[str], log: Callable[[str], None]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _save(file, rows, reasons)
-    except OSError as error:
-        log(f"lengths are not kept, they will be measured again: {error}; set LLAVA_DS_CACHE to a folder of your own")
-
-
-def _save(file: Path, rows: np.ndarray, reasons: list[str]) -> None:
-    unfinished = file.with_name(f"{uuid.uuid4().hex}.tmp")
-    unfinished.write_text(json.dumps({"reasons": reasons, "crc32": zlib.crc32(rows.data)}))
-    unfinished.rename(file.with_suffix(".json"))
-    with unfinished.open("wb") as out:
-        np.save(out, rows)
-        out.flush()
-        os.fsync(out.fileno())
-    unfinished.rename(file)

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from llava_ds.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
-from llava_ds.data.source import Source
+from llava_ds.data.sources.source import Source
 from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.errors import DataError
 from llava_ds.schema import EncodedSample, Sample

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ds.constants import IMAGE_PLACEHOLDER
-from llava_ds.data.llava_json import read_json_list
+from llava_ds.data.sources.llava_json import read_json_list
 from llava_ds.errors import DataError
 from llava_ds.inference.session import Sampling, Session
 from llava_ds.schema import Turn

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from llava_ds.data.llava_json import open_llava_json
+from llava_ds.data.sources.llava_json import open_llava_json
 from llava_ds.errors import ConfigError
 from llava_ds.models.build import load_tokenizer
 from llava_ds.quickstart import prepare as preparation

@@ -161,7 +161,7 @@ EARLY = [
     ("chat {w}/unfinished --prompt Hi", "{w}/unfinished holds no complete checkpoint", "another run"),
     ("chat {w}/half_merged --prompt Hi", "{w}/half_merged is not complete", "merge again"),
     ("chat {w}/run --prompt Hi --image {w}/none.png", "{w}/none.png: no such file; fix the path"),
-    ("chat {w}/run --prompt Hi --image {w}/data", "{w}/data does not decode", "replace the file"),
+    ("chat {w}/run --prompt Hi --image {w}/data", "{w}/data cannot be read", "see that the file can be opened"),
     ("chat {w}/run --prompt Hi --image {w}/data/broken.png", "{w}/data/broken.png does not decode", "replace the file"),
     ("chat {w}/run --prompt Hi --image {w}/data/cut.png", "{w}/data/cut.png does not decode", "replace the file"),
     ("chat {w}/run --prompt=", "--prompt is empty; give a question"),

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from llava_ds.data.captions import open_captions
+from llava_ds.data.sources.captions import open_captions
 from llava_ds.errors import DataError
 from llava_ds.schema import Sample, StoredImage, Turn
 from llava_ds.text.instructions import BRIEF_INSTRUCTIONS, DETAILED_INSTRUCTIONS, draw_instruction

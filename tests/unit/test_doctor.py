@@ -24,9 +24,9 @@ from llava_ds.data.doctor.length_stats import LengthColumns, describe_lengths, e
 from llava_ds.data.doctor.record_checks import RecordChecks
 from llava_ds.data.doctor.salvage import ReadRecord, read_record
 from llava_ds.data.doctor.summary import summarize
-from llava_ds.data.formats import open_source
-from llava_ds.data.llava_json import LlavaJson
-from llava_ds.data.shard_writer import write_shards
+from llava_ds.data.sources.formats import open_source
+from llava_ds.data.sources.llava_json import LlavaJson
+from llava_ds.data.sources.shard_writer import write_shards
 from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.models.build import load_tokenizer

@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_ds.data.collator import Collator
 from llava_ds.data.dataset import Example
-from llava_ds.data.formats import open_source
-from llava_ds.data.llava_json import parse_record
 from llava_ds.data.preview import sample_record
+from llava_ds.data.sources.formats import open_source
+from llava_ds.data.sources.llava_json import parse_record
 from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.errors import DataError
 from llava_ds.models.build import load_tokenizer

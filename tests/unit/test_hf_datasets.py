@@ -11,7 +11,7 @@ from collections import Counter
 import PIL.Image
 import pytest
 
-from llava_ds.data.hf_datasets import open_hf_dataset
+from llava_ds.data.sources.hf_datasets import open_hf_dataset
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import Sample, StoredImage, Turn
 from llava_ds.text.instructions import BRIEF_INSTRUCTIONS, draw_instruction

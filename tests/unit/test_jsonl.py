@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llava_ds.data import jsonl
 from llava_ds.data.cache import cache_folder
-from llava_ds.data.jsonl import open_jsonl, parse_line
+from llava_ds.data.sources import jsonl
+from llava_ds.data.sources.jsonl import open_jsonl, parse_line
 from llava_ds.errors import DataError
 
 BOM = b"\xef\xbb\xbf"

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from llava_ds.data import lengths as lengths_module
-from llava_ds.data.formats import open_source
-from llava_ds.data.lengths import LengthTable, join_lengths, measure_source
+from llava_ds.data.length_table import ROW, LengthTable, join_lengths
+from llava_ds.data.lengths import measure_source
+from llava_ds.data.sources.formats import open_source
 from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.errors import DataError
 from llava_ds.models.build import load_tokenizer
@@ -123,7 +124,7 @@ def test_a_process_that_is_killed_is_an_error(folder, tokenizer, monkeypatch):
 
 
 def test_tables_are_joined_with_their_reasons(folder, tokenizer):
-    rows = np.zeros(5, lengths_module._ROW)
+    rows = np.zeros(5, ROW)
     rows["reason"] = [-1, 0, 1, 1, -1]
     first = LengthTable(rows, ("a", "b"), False, 0)
     other = LengthTable(rows[1:3].copy(), ("b", "c"), False, 0)

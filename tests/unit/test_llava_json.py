@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_ds.data.formats import open_source
-from llava_ds.data.llava_json import open_llava_json
+from llava_ds.data.sources.formats import open_source
+from llava_ds.data.sources.llava_json import open_llava_json
 from llava_ds.errors import DataError
 from llava_ds.schema import Sample, Turn
 

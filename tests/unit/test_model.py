@@ -11,7 +11,7 @@ from llava_ds.config import ModelConfig
 from llava_ds.data.collator import Collator
 from llava_ds.data.dataset import Example
 from llava_ds.data.images import ImageTransform
-from llava_ds.data.llava_json import open_llava_json
+from llava_ds.data.sources.llava_json import open_llava_json
 from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.models.build import build_model, load_tokenizer, resolve_attention
 from llava_ds.models.freezing import apply_freezing

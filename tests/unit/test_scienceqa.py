@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from llava_ds.data.scienceqa import INPUT_FORMATS, OUTPUT_FORMATS, format_problem, open_scienceqa
+from llava_ds.data.sources.scienceqa import INPUT_FORMATS, OUTPUT_FORMATS, format_problem, open_scienceqa
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import Sample, Turn
 

@@ -23,10 +23,10 @@ import fsspec
 import PIL.Image
 import pytest
 
-from llava_ds.data import shard_files, shard_index
-from llava_ds.data.shard_files import expand_braces
-from llava_ds.data.shard_writer import write_shards
-from llava_ds.data.shards import open_shards
+from llava_ds.data.sources import shard_files, shard_index
+from llava_ds.data.sources.shard_files import expand_braces
+from llava_ds.data.sources.shard_writer import write_shards
+from llava_ds.data.sources.shards import open_shards
 from llava_ds.errors import BackendUnavailableError, ConfigError, DataError
 from llava_ds.schema import Sample, StoredImage, Turn
 from llava_ds.text.instructions import BRIEF_INSTRUCTIONS, draw_instruction

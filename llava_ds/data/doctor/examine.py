@@ -15,7 +15,7 @@ from llava_ds.data.doctor.findings import CATALOGUE, ERROR, SEVERITIES, WARNING,
 from llava_ds.data.doctor.length_stats import LengthColumns, describe_lengths, expected_waste
 from llava_ds.data.doctor.passes import Examination
 from llava_ds.data.doctor.record_checks import RecordChecks
-from llava_ds.data.source import Source
+from llava_ds.data.sources.source import Source
 from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.errors import DataError
 

@@ -19,7 +19,7 @@ from llava_ds.data.doctor.image_checks import check_image
 from llava_ds.data.doctor.record_checks import RecordChecks
 from llava_ds.data.doctor.salvage import read_record
 from llava_ds.data.forked import map_forked
-from llava_ds.data.source import Source
+from llava_ds.data.sources.source import Source
 from llava_ds.errors import DataError
 from llava_ds.schema import Image
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_ds.data.captions import CaptionSource
-from llava_ds.data.jsonl import parse_line
-from llava_ds.data.llava_json import LlavaJson, LlavaJsonl, parse_record
-from llava_ds.data.source import Source
+from llava_ds.data.sources.captions import CaptionSource
+from llava_ds.data.sources.jsonl import parse_line
+from llava_ds.data.sources.llava_json import LlavaJson, LlavaJsonl, parse_record
+from llava_ds.data.sources.source import Source
 from llava_ds.errors import DataError
 from llava_ds.schema import Sample
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_ds.data.cache import cache_folder
-from llava_ds.data.shard_files import ShardFile, read_small_file
+from llava_ds.data.sources.shard_files import ShardFile, read_small_file
 from llava_ds.errors import DataError
 
 INDEX_SUFFIX = ".index.json"

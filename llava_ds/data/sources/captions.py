@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llava_ds.constants import IMAGE_PLACEHOLDER
-from llava_ds.data.csv_rows import open_csv
-from llava_ds.data.jsonl import JsonlFile, open_jsonl, parse_line
-from llava_ds.data.llava_json import check_unicode
-from llava_ds.data.parquet_rows import open_parquet, parquet_columns
+from llava_ds.data.sources.csv_rows import open_csv
+from llava_ds.data.sources.jsonl import JsonlFile, open_jsonl, parse_line
+from llava_ds.data.sources.llava_json import check_unicode
+from llava_ds.data.sources.parquet_rows import open_parquet, parquet_columns
 from llava_ds.errors import DataError
 from llava_ds.schema import Image, Sample, StoredImage, Turn
 from llava_ds.text.instructions import BRIEF_INSTRUCTIONS, draw_instruction

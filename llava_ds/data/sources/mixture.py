@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from llava_ds.data.source import Source
+from llava_ds.data.sources.source import Source
 from llava_ds.schema import Sample
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_ds.data.llava_json import open_llava_json, open_llava_jsonl
-from llava_ds.data.source import Source
+from llava_ds.data.sources.llava_json import open_llava_json, open_llava_jsonl
+from llava_ds.data.sources.source import Source
 from llava_ds.errors import ConfigError, DataError
 
 
@@ -62,13 +62,13 @@ def list_formats() -> list[str]:
 
 
 def _captions(settings: _Settings) -> Source:
-    from llava_ds.data.captions import open_captions
+    from llava_ds.data.sources.captions import open_captions
 
     return open_captions(Path(settings.path), settings.root())
 
 
 def _scienceqa(settings: _Settings) -> Source:
-    from llava_ds.data.scienceqa import open_scienceqa
+    from llava_ds.data.sources.scienceqa import open_scienceqa
 
     return open_scienceqa(
         Path(settings.path), settings.image_root, settings.split or "train", settings.prompt_format
@@ -76,13 +76,13 @@ def _scienceqa(settings: _Settings) -> Source:
 
 
 def _hf_dataset(settings: _Settings) -> Source:
-    from llava_ds.data.hf_datasets import open_hf_dataset
+    from llava_ds.data.sources.hf_datasets import open_hf_dataset
 
     return open_hf_dataset(Path(settings.path), settings.image_root, settings.split)
 
 
 def _shards(settings: _Settings) -> Source:
-    from llava_ds.data.shards import open_shards
+    from llava_ds.data.sources.shards import open_shards
 
     return open_shards(settings.path)
 

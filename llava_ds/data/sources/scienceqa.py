@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ds.constants import IMAGE_PLACEHOLDER
-from llava_ds.data.llava_json import check_unicode
+from llava_ds.data.sources.llava_json import check_unicode
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import Sample, Turn
 

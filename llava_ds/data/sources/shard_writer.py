@@ -16,10 +16,10 @@ from typing import BinaryIO
 import PIL.Image
 
 import llava_ds
-from llava_ds.data.shard_files import COMPLETE_FILE, UNFINISHED_FILE
-from llava_ds.data.shard_index import INDEX_SUFFIX, Member, write_index
-from llava_ds.data.shards import IMAGE_EXTENSIONS
-from llava_ds.data.source import Source
+from llava_ds.data.sources.shard_files import COMPLETE_FILE, UNFINISHED_FILE
+from llava_ds.data.sources.shard_index import INDEX_SUFFIX, Member, write_index
+from llava_ds.data.sources.shards import IMAGE_EXTENSIONS
+from llava_ds.data.sources.source import Source
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import Image, Sample
 

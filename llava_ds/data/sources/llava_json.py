@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_ds.data.jsonl import JsonlFile, open_jsonl, parse_line
+from llava_ds.data.sources.jsonl import JsonlFile, open_jsonl, parse_line
 from llava_ds.errors import DataError
 from llava_ds.schema import Role, Sample, Turn
 

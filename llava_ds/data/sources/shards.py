@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from llava_ds.data.captions import caption_sample
-from llava_ds.data.llava_json import parse_record
-from llava_ds.data.shard_files import ShardFile, find_shards
-from llava_ds.data.shard_index import Member, load_index
+from llava_ds.data.sources.captions import caption_sample
+from llava_ds.data.sources.llava_json import parse_record
+from llava_ds.data.sources.shard_files import ShardFile, find_shards
+from llava_ds.data.sources.shard_index import Member, load_index
 from llava_ds.errors import DataError
 from llava_ds.schema import Image, Sample, StoredImage
 

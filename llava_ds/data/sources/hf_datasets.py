@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava_ds.data.captions import caption_sample
-from llava_ds.data.llava_json import parse_record
+from llava_ds.data.sources.captions import caption_sample
+from llava_ds.data.sources.llava_json import parse_record
 from llava_ds.errors import BackendUnavailableError, ConfigError, DataError
 from llava_ds.schema import Image, Sample, StoredImage
 
