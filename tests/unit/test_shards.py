@@ -237,7 +237,7 @@ def test_a_damaged_cache_is_made_again_and_none_is_no_error(tmp_path, capsys):
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").touch()
     assert _content(open_shards(str(tmp_path / "x.tar"))) == wanted
-    assert "no index is kept" in capsys.readouterr().out
+    assert "no index is kept" in capsys.readouterr().err
 
 
 def test_pickling_and_fork(tmp_path):
@@ -647,3 +647,21 @@ def test_the_tool(tmp_path):
     assert _content(open_shards(str(tmp_path / "out"))) == _content(samples)
     again = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPO)})
     assert again.returncode == 1 and "ConfigError: " in again.stderr and "not an empty folder" in again.stderr
+
+
+def test_names_with_a_dot_in_their_key_are_left_aside_and_said(tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("one.json", "photo.v2.json", "photo.v2.jpg", "one.cls"):
+            content = b"{}" if name == "one.json" else b"x"
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert len(open_shards(str(tmp_path / "a.tar"))) == 1
+    assert "left aside 2 member(s) of a shard, the first 'photo.v2.json'" in capsys.readouterr().err
+
+
+def test_a_tar_that_is_not_listed_is_named(tmp_path):
+    out, _ = _write(tmp_path)
+    (out / "other.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"1 \.tar that shards.json does not list, the first other.tar"):
+        open_shards(str(out))

@@ -21,6 +21,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "no_supervised_token": (ERROR, "no supervised token is left within the limit"),
     "image_missing": (ERROR, "an image file is missing"),
     "image_does_not_decode": (ERROR, "an image cannot be read or decoded"),
+    "image_unfit": (ERROR, "an image too far from a square, or too large, to be scaled"),
     "empty_question": (WARNING, "a question without text"),
     "blank_answer": (WARNING, "an answer of white space only"),
     "leading_answer": (WARNING, "the record begins with an answer, which is left out"),

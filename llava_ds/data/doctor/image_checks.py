@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava_ds.data.images import open_image
+from llava_ds.data.images import open_image, scaled_size
 from llava_ds.errors import DataError
 from llava_ds.schema import StoredImage
 
@@ -18,6 +18,7 @@ HUGE_PIXELS = 25_000_000
 TINY_SIDE = 8
 MAX_ASPECT = 8
 _USUAL_PIXELS = 640 * 480
+_IMAGE_SIZE = 336  # of CLIP ViT-L/14 at its larger size
 _ORIENTATION = 0x0112  # the tag of EXIF; 1 is upright
 _MISSING = "image file is missing"  # the reason of open_image
 
@@ -31,9 +32,15 @@ def check_image(image: str | StoredImage) -> list[tuple[str, str]]:
         except Exception:  # open_image below meets the same error, and words it
             data = None
         try:
-            open_image(image if data is None else StoredImage(_name(image), lambda: data))
+            opened = open_image(image if data is None else StoredImage(_name(image), lambda: data))
         except DataError as error:
             return [("image_missing" if error.reason == _MISSING else "image_does_not_decode", str(error))]
+        for aspect in ("square", "pad"):
+            try:
+                scaled_size(*opened.size, _IMAGE_SIZE, aspect)
+            except DataError as error:
+                message = f"image {_name(image)}: with data.image_aspect_ratio={aspect} at {_IMAGE_SIZE} px: {error}"
+                return [("image_unfit", message)]
         return [(name, f"image {_name(image)}: {message}") for name, message in _oddities(data or b"")]
 
 

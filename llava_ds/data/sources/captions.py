@@ -54,8 +54,8 @@ def open_captions(path: Path, image_root: Path, seed: int = 0) -> CaptionSource:
     """The pairs ``{"image", "caption", "id"?}`` of a .jsonl, .csv (with a header row) or .parquet file.
 
     The caption may also be called ``text``. The image is a path under ``image_root``; in parquet also bytes, or a
-    struct of ``bytes`` and ``path`` as Hugging Face writes it. A pair without ``id`` is called after its image, or by
-    its number where that is bytes. The question is a pure function of (seed, id).
+    struct of ``bytes`` and ``path`` as Hugging Face writes it. A pair without ``id`` is called after its image and
+    number (``a.jpg#7``), or by its number where that is bytes. The question is a pure function of (seed, id).
 
     Raises DataError for a missing or broken file and for missing columns, BackendUnavailableError without pyarrow.
     """
@@ -78,7 +78,7 @@ def parse_caption(record: Any, number: int, origin: str, image_root: Path, seed:
         raise DataError(f"{origin}: no 'image'; a pair needs the path of one ({found})", reason="no image")
     sample_id = record.get("id")
     if sample_id is None or sample_id == "":
-        sample_id = image if isinstance(image, str) else number
+        sample_id = f"{image}#{number}" if isinstance(image, str) else number  # a picture may have several captions
     full: Image = str(image_root / image) if isinstance(image, str) else image
     caption = record["caption"] if record.get("caption") is not None else record.get("text")
     return caption_sample(str(sample_id), full, caption, origin, seed)

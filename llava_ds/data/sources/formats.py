@@ -99,9 +99,9 @@ _FORMATS: dict[str, Callable[[_Settings], Source]] = {
 
 def _detect(path: str) -> str:
     """The format by what the path looks like. Raises DataError when there is nothing there, or nothing known."""
-    if "://" in path or path.endswith(".tar") or "{" in path:
-        return "shards"
     found = Path(path)
+    if "://" in path or path.endswith(".tar") or ("{" in path and not found.exists()):
+        return "shards"
     if found.is_dir():
         return _detect_folder(found)
     if not found.is_file():

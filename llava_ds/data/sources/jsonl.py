@@ -31,15 +31,15 @@ from llava_ds.errors import DataError
 
 Log = Callable[[str], None]
 
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 _VERSION = b'{"llava_ds_jsonl_index": 1, '
 _HEADER_BYTES = 512
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE = ord("\n")
 _SPACE = b" \t\r\n"  # the white space of JSON
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 @dataclass(frozen=True)

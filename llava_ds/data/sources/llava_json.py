@@ -15,6 +15,7 @@ from llava_ds.data.sources.jsonl import JsonlFile, open_jsonl, parse_line
 from llava_ds.errors import DataError
 from llava_ds.schema import Role, Sample, Turn
 
+_WANTED = "a LLaVA JSON file as data.path"
 _ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -59,9 +60,9 @@ class LlavaJsonl:
 
 def open_llava_json(path: Path, image_root: Path) -> LlavaJson:
     """A LLaVA JSON file as a source. Raises DataError for a missing or broken file."""
-    records = read_json_list(path, "a LLaVA JSON file as data.path")
-    fingerprint = _with_root(hashlib.sha256(path.read_bytes()).hexdigest(), image_root)
-    return LlavaJson(path.name, fingerprint, records, image_root)
+    content = _read_file(path, _WANTED)
+    fingerprint = _with_root(hashlib.sha256(content).hexdigest(), image_root)
+    return LlavaJson(path.name, fingerprint, _parse_list(content, path, _WANTED), image_root)
 
 
 def open_llava_jsonl(path: Path, image_root: Path) -> LlavaJsonl:
@@ -76,10 +77,18 @@ def _with_root(sha256: str, image_root: Path) -> str:
 
 def read_json_list(path: Path, wanted: str) -> list[Any]:
     """The records of a JSON file. Raises DataError that names the file, the place and what is ``wanted``."""
+    return _parse_list(_read_file(path, wanted), path, wanted)
+
+
+def _read_file(path: Path, wanted: str) -> bytes:
     if not path.is_file():
         raise DataError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give {wanted}")
+    return path.read_bytes()
+
+
+def _parse_list(content: bytes, path: Path, wanted: str) -> list[Any]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
+        records = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}); give {wanted}") from error
     except json.JSONDecodeError as error:

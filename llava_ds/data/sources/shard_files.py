@@ -148,6 +148,14 @@ def _find_listed(folder: str, complete: bytes) -> list[ShardFile]:
                 f"{file.url}: {file.size_bytes} bytes, but {COMPLETE_FILE} says {listed[file.name]}; "
                 "copy or write the shard again"
             )
+    unlisted = [] if is_remote(folder) else sorted(
+        name for name in os.listdir(folder) if name.endswith(".tar") and name not in listed
+    )
+    if unlisted:
+        raise DataError(
+            f"{folder}: {len(unlisted)} .tar that {COMPLETE_FILE} does not list, the first {unlisted[0]}; move them "
+            f"elsewhere, or delete {COMPLETE_FILE} to read all"
+        )
     if not files:
         raise DataError(f"{folder}/{COMPLETE_FILE}: lists no shard; write the shards again")
     return files

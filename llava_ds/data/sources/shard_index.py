@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ def load_index(file: ShardFile) -> list[Member]:
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_index(cached, file.size_bytes, members)
     except OSError as error:
-        print(f"{file.url}: scanned; no index is kept, as {cached} cannot be written ({error.strerror})")
+        why = f"{cached} cannot be written ({error.strerror})"
+        print(f"{file.url}: scanned; no index is kept, as {why}", file=sys.stderr)
     return members
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -82,10 +83,19 @@ def open_shards(spec: str, seed: int = 0) -> ShardSource:
 
 def _group(members: Iterable[Member]) -> list[str]:
     groups: dict[str, list[Member]] = {}
+    aside = []
     for member in members:
         key, extension = _split(member.name)
         if extension in ("json", "txt") or _IMAGE.fullmatch(extension):
             groups.setdefault(key, []).append(member)
+        elif _IMAGE.fullmatch(last := extension.rpartition(".")[2]) or last in ("json", "txt"):
+            aside.append(member.name)
+    if aside:
+        print(
+            f"left aside {len(aside)} member(s) of a shard, the first {aside[0]!r}: in the webdataset layout, what "
+            "follows the first dot of a name is its extension, and this one is none of json, txt or a picture's",
+            file=sys.stderr,
+        )
     return [json.dumps(group) for group in groups.values()]
 
 
