@@ -13,10 +13,10 @@ import click
 import torch
 import torch.nn.functional as F
 
+from llava_ds.data.cache import cache_folder
 from llava_ds.data.images import ImageTransform
 from llava_ds.models.vision_tower import VisionTower, build_tower
 from llava_ds.quickstart.concepts import load_concepts
-from llava_ds.quickstart.prepare import cache_root
 from llava_ds.quickstart.sources import open_styles
 from llava_ds.quickstart.tower import write_tower
 
@@ -45,8 +45,8 @@ def share_named(trained: torch.Tensor, unseen: torch.Tensor, names: torch.Tensor
 
 def measure(size: int) -> dict[str, float]:
     """The figures at one picture size."""
-    (cache_root() / "downloads").mkdir(parents=True, exist_ok=True)
-    styles, concepts = open_styles(cache_root() / "downloads", size), load_concepts()
+    (cache_folder() / "downloads").mkdir(parents=True, exist_ok=True)
+    styles, concepts = open_styles(cache_folder() / "downloads", size), load_concepts()
     with TemporaryDirectory() as folder:
         write_tower(Path(folder) / "tower", size)
         tower = build_tower(str(Path(folder) / "tower"), None, -2)
