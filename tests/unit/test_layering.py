@@ -1,6 +1,7 @@
 """Imports go down the layers only, heavy packages have one import site, and no module hides a standard one."""
 
 import ast
+import importlib
 import sys
 from pathlib import Path
 
@@ -107,3 +108,16 @@ def test_no_module_hides_a_standard_one():
     names = {path.stem for path in PACKAGE.iterdir()}
     assert len(names) > 10
     assert not names & set(sys.stdlib_module_names)
+
+
+def test_commands_and_benchmarks_import_what_is_there():
+    """They run in no other default test as a whole; a renamed function would be found by their users."""
+    root, num_checked = PACKAGE.parent, 0
+    for file in (*root.glob("tools/*"), *root.glob("benchmarks/*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llava_ds"):
+                module = importlib.import_module(node.module)
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not missing, f"{file.name}: {node.module} has no {missing}"
+                num_checked += 1
+    assert num_checked > 30
