@@ -8,21 +8,7 @@ from typing import Any
 
 from llava_ds.quickstart.concepts import Concept
 from llava_ds.quickstart.scenes import Scene
-
-BRIEF_INSTRUCTIONS = (
-    "Describe the image concisely.",
-    "Provide a brief description of the given image.",
-    "Offer a succinct explanation of the picture presented.",
-    "Summarize the visual content of the image.",
-    "Give a short and clear explanation of the subsequent image.",
-    "Share a concise interpretation of the image provided.",
-    "Present a compact description of the photo's key features.",
-    "Relay a brief, clear account of the picture shown.",
-    "Render a clear and concise summary of the photo.",
-    "Write a terse but informative summary of the picture.",
-    "Create a compact narrative representing the image presented.",
-)
-"""The paper's questions for the naive expansion (Table 11)."""
+from llava_ds.text.instructions import BRIEF_INSTRUCTIONS
 
 NAME_QUESTION = "What is this?"
 SUBCATEGORY_QUESTION = "Which kind?"
