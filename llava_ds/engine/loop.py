@@ -88,19 +88,7 @@ def train(
             raise _bad_samples_error(progress.bad_samples + num_bad, num_seen, progress.step, settings.max_bad_frac)
         if not num_bad:
             _check_planned(supervised_tokens(plan), num_supervised)
-        losses, num_tokens = [], 0
-        for number, batch in enumerate(micro_batches):
-            for problem in batch.problems:
-                print(f"left out of step {progress.step + 1}: {problem}")
-            share = _step_share(batch, plan, num_supervised, settings)
-            engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
-            loss = engine(batch.to(settings.device)) * share
-            losses.append(loss.detach())
-            num_tokens += batch.num_tokens
-            # DeepSpeed averages over ranks and over the accumulation steps that it was told; ours is a sum.
-            engine.backward(loss * (settings.ranks.world_size * settings.grad_accum_steps))
-            engine.step()
-        step_loss = float(torch.stack(losses).double().sum())
+        step_loss, num_tokens = _compute(engine, micro_batches, plan, progress.step + 1, num_supervised, settings)
         totals = _sum_over_ranks(torch.tensor([step_loss, num_tokens, waited], dtype=torch.float64), settings)
         progress.step += 1
         progress.samples_seen += len(plan.slots)
@@ -137,6 +125,25 @@ def train(
     for tracker in trackers:
         tracker.close()
     return progress
+
+
+def _compute(
+    engine: Any, batches: Sequence[Batch], plan: StepPlan, step: int, num_supervised: int, settings: LoopSettings
+) -> tuple[float, int]:
+    """Forward, backward and the optimizer's step; returns this rank's share of the loss, and its tokens."""
+    losses, num_tokens = [], 0
+    for number, batch in enumerate(batches):
+        for problem in batch.problems:
+            print(f"left out of step {step}: {problem}")
+        share = _step_share(batch, plan, num_supervised, settings)
+        engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+        loss = engine(batch.to(settings.device)) * share
+        losses.append(loss.detach())
+        num_tokens += batch.num_tokens
+        # DeepSpeed averages over ranks and over the accumulation steps that it was told; ours is a sum.
+        engine.backward(loss * (settings.ranks.world_size * settings.grad_accum_steps))
+        engine.step()
+    return float(torch.stack(losses).double().sum()), num_tokens
 
 
 def _next_batches(stream: Iterator[Batch], count: int) -> tuple[list[Batch], DataError | None]:

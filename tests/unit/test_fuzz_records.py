@@ -456,8 +456,11 @@ def _official_v0(speech: Speech, dialogue: Dialogue, num_patches: int) -> tuple[
         begin = end
     labels = [-100 if n in masked or i == -200 else i for n, i in enumerate(ids)]
     widths = [num_patches if i == -200 else 1 for i in ids]
-    return tuple([value for value, width in zip(row, widths, strict=True) for _ in range(width)]  # type: ignore
-                 for row in (ids, labels))
+
+    def widened(row):
+        return [value for value, width in zip(row, widths, strict=True) for _ in range(width)]
+
+    return widened(ids), widened(labels)
 
 
 # The comparison.
