@@ -13,7 +13,7 @@ import click
 import torch
 import torch.nn.functional as F
 
-from llava_ds.data.cache import cache_folder
+from llava_ds.cache import cache_folder
 from llava_ds.data.images import ImageTransform
 from llava_ds.models.vision_tower import VisionTower, build_tower
 from llava_ds.quickstart.concepts import load_concepts

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_ds.data.cache import cache_folder
+from llava_ds.cache import cache_folder
 from llava_ds.data.forked import map_forked
 from llava_ds.data.images import IMAGE_REASONS, check_image_header
 from llava_ds.data.length_cache import keep_rows, load_rows

@@ -14,9 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from llava_ds.cache import cache_folder
 from llava_ds.config import find_recipe
 from llava_ds.constants import COMPLETE_MARKER
-from llava_ds.data.cache import cache_folder
 from llava_ds.errors import ConfigError
 from llava_ds.quickstart import conversations as talk
 from llava_ds.quickstart.concepts import Concept, load_concepts

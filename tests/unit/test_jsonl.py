@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llava_ds.data.cache import cache_folder
+from llava_ds.cache import cache_folder
 from llava_ds.data.sources import jsonl
 from llava_ds.data.sources.jsonl import open_jsonl, parse_line
 from llava_ds.errors import DataError

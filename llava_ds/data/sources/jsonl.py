@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from llava_ds.data.cache import cache_folder
+from llava_ds.cache import cache_folder
 from llava_ds.errors import DataError
 
 Log = Callable[[str], None]

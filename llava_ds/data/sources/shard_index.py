@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_ds.data.cache import cache_folder
+from llava_ds.cache import cache_folder
 from llava_ds.data.sources.shard_files import ShardFile, read_small_file
 from llava_ds.errors import DataError
 
