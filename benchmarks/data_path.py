@@ -18,7 +18,8 @@ from typing import Any
 import click
 import torch
 import transformers
-from images import IMAGE_SIZE, MEAN, STD, cpu_name, expanded_to_square, official_reference, write_pictures
+from images import IMAGE_SIZE, MEAN, STD, expanded_to_square, official_reference, write_pictures
+from machine import cpu_name
 from PIL import Image
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 

@@ -14,6 +14,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from machine import cpu_name
 from PIL import Image
 
 from llava_ds.data.feature_cache import open_feature_cache
@@ -129,12 +130,6 @@ def compare(
         largest = max(largest, float((ours - theirs).abs().max()))
         scale = max(scale, float(theirs.abs().max()))
     return f"{num_differing} of {num_values}; largest difference {largest:.1e} beside values up to {scale:.1f}"
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import PIL
 import torch
 import transformers
+from machine import cpu_name
 from PIL import Image
 from transformers.models.clip import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -160,12 +161,6 @@ def smooth_noise(rng: np.random.Generator) -> np.ndarray:
     frequency[0, 0] = 1
     noise = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(height, width))) / frequency**1.5, s=(height, width))
     return noise / noise.std()
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
 if __name__ == "__main__":

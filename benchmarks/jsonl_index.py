@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import numpy as np
+from machine import cpu_name
 
 BYTES_PER_RECORD = 300  # at most
 NUM_READS = 100_000
@@ -186,12 +187,6 @@ def run(script: str, path: Path) -> dict[str, float]:
     if done.returncode:
         raise click.ClickException(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
 if __name__ == "__main__":

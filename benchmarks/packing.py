@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import numpy as np
+from machine import cpu_name
 
 from llava_ds.data.order import Items, Part, epoch_order, group_by_length, permutation
 from llava_ds.data.packing import BatchSizes, Packing, computed_tokens, share_step
@@ -236,12 +237,6 @@ def draw(file: Path, scaling: dict[int, dict[str, Any]]) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
 if __name__ == "__main__":
