@@ -41,6 +41,9 @@ class ModelConfig(_Strict):
     select_layer: int = Field(-2, le=-1)
     """Whose output are the patch features: -2 is the block before the last."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    splice: Literal["auto", "fused", "library"] = "auto"
+    """What projects patches into their rows: ``fused`` is the CUDA kernel, ``library`` is cuBLAS and index operations.
+    ``auto`` takes the one that should be faster and works (see ``resolve_splice``)."""
     gradient_checkpointing: bool = False
     init_from: str | None = None
     """Run folder or checkpoint step whose projector (and LLM, where it trained) are loaded."""

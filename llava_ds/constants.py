@@ -6,6 +6,9 @@ IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
 """Stands in ``input_ids`` at every patch position of an image; it is never a row of the embedding table."""
 
+PAD_ROW, IMAGE_ROW = -1, -2
+"""Stand in a row plan's ``src`` where a row is padding, or a patch."""
+
 IMAGE_PLACEHOLDER = "<image>"
 """Stands in the text of a record where an image belongs."""
 

@@ -78,6 +78,32 @@ class EncodedSample:
 
 
 @dataclass(frozen=True)
+class RowPlan:
+    """Where each of the R rows of a flattened [B * S] sequence comes from; every tensor is int64.
+
+    ``src``          [R] a token id, ``PAD_ROW`` (a row of zeros) or ``IMAGE_ROW`` (a patch).
+    ``image_rows``   [M] the row that each patch fills, in the order of the patches; no row twice.
+    ``token_ids``    [U] the distinct token ids of ``src``, ascending.
+    ``token_starts`` [U + 1] and ``token_rows`` [R - M - pads]: the rows of ``token_ids[u]`` are
+                     ``token_rows[token_starts[u]:token_starts[u + 1]]``, ascending.
+    """
+
+    src: torch.Tensor
+    image_rows: torch.Tensor
+    token_ids: torch.Tensor
+    token_starts: torch.Tensor
+    token_rows: torch.Tensor
+
+    def pin_memory(self) -> RowPlan:
+        """The same plan in page-locked memory."""
+        return RowPlan(*(tensor.pin_memory() for tensor in vars(self).values()))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> RowPlan:
+        """The same plan on ``device``."""
+        return RowPlan(*(tensor.to(device, non_blocking=non_blocking) for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch, on the CPU or moved by ``to``.
 
@@ -85,7 +111,7 @@ class Batch:
     ``position_ids``   [B, S], starting at 0 in every sample.
     ``attention_mask`` [B, S] bool when padded, None when packed.
     ``cu_seqlens``     [num_samples + 1] int32 when packed, None when padded.
-    ``image_rows``     [I * P] rows of the flattened [B * S] sequence that the patches fill, in order.
+    ``row_plan``       where the rows of the flattened [B * S] sequence come from: token, patch or padding.
     ``pixel_values``   [I, 3, H, W] of the images, uint8 levels that the tower normalises (or normalised floats);
                        None when ``patch_features`` is given.
     ``patch_features`` [I, P, C] from the feature cache, or None.
@@ -101,7 +127,7 @@ class Batch:
     attention_mask: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     max_seqlen: int
-    image_rows: torch.Tensor
+    row_plan: RowPlan
     pixel_values: torch.Tensor | None
     patch_features: torch.Tensor | None
     loss_rows: torch.Tensor
@@ -119,11 +145,11 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the DataLoader asks for it."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
+        return replace(self, **{name: value.pin_memory() for name, value in self._movable().items()})
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on ``device``."""
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()})
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._movable().items()})
 
-    def _tensors(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+    def _movable(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor | RowPlan)}

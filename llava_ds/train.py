@@ -68,6 +68,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
         load_tokenizer,
         resolve_attention,
         resolve_packing,
+        resolve_splice,
     )
     from llava_ds.models.freezing import apply_freezing
 
@@ -81,13 +82,15 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     if config.prepare:
         config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, ranks)))
     check_inputs(config)
-    attention = resolve_attention(config.model.attn_implementation, device, DTYPES[config.train.precision])
+    dtype = DTYPES[config.train.precision]
+    attention = resolve_attention(config.model.attn_implementation, device, dtype)
     packing = resolve_packing(config.data.packing, attention)
+    splice = resolve_splice(config.model.splice, config.model.projector, device, dtype)
     fill_bucket_sizes(ds_config, llm_hidden_size(config.model.llm))
 
     partitioned = backend.hold_partitioned_construction(ds_config)  # alive until the run ends
     tokenizer = load_tokenizer(config.model.llm)
-    model = build_model(config.model, attention.name, DTYPES[config.train.precision], config.seed)
+    model = build_model(config.model, attention.name, dtype, config.seed, fused=splice.name == "fused")
     initial_weights = load_initial_weights(model, config.model.init_from, run_dir, ranks)
     apply_freezing(model, config.train.trainable)
     model.vision_tower.to(device)
@@ -106,7 +109,8 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     scheduler = build_scheduler(optimizer, config.train, data.plan.num_steps)
     engine = backend.initialize_engine(model, optimizer, scheduler, ds_config)
 
-    lock = start_run(run_dir, config, ds_config, model, attention, packing, initial_weights, data, ranks)
+    backends = {"attention": attention, "packing": packing, "splice": splice}
+    lock = start_run(run_dir, config, ds_config, model, backends, initial_weights, data, ranks)
     settings = LoopSettings(
         ranks, data.plan.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps,
         device, config.data.max_bad_frac,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llava_ds.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_ds.constants import IGNORE_INDEX
 from llava_ds.data.dataset import Example
+from llava_ds.ops.row_plan import plan_rows
 from llava_ds.schema import Batch
 
 
@@ -39,7 +40,7 @@ class Collator:
             attention_mask=attention_mask,
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int() if packed else None,
             max_seqlen=max(lengths),
-            image_rows=(input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero().flatten(),
+            row_plan=plan_rows(input_ids, attention_mask),
             pixel_values=None if self.features else images,
             patch_features=images if self.features else None,
             loss_rows=loss_rows,

@@ -67,10 +67,24 @@ def initialize_engine(
 ) -> Any:
     """A DeepSpeed engine around the model."""
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    if zero_stage(ds_config) == 3:
+        _register_external_parameters(engine.module)
     if zero_stage(ds_config) == 0:
         # DeepSpeed's 16-bit optimizer took a step on zero gradients, which Adam would count as one.
         optimizer.state.clear()
     return engine
+
+
+def _register_external_parameters(model: nn.Module) -> None:
+    """Has ZeRO-3 gather the weights of other modules that a module says it reads, around that module alone.
+
+    After ``deepspeed.initialize``, which may put other modules into the model; before the first forward pass, whose
+    order of weights DeepSpeed keeps.
+    """
+    for module in model.modules():
+        external_parameters = getattr(module, "external_parameters", None)
+        for parameter in external_parameters() if external_parameters else ():
+            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -63,13 +63,14 @@ def start_run(
     config: RunConfig,
     ds_config: dict[str, Any],
     model: Llava,
-    attention: Backend,
-    packing: Backend,
+    backends: Mapping[str, Backend],
     initial_weights: Mapping[str, Path],
     data: TrainingData,
     ranks: Ranks,
 ) -> IO[str] | None:
     """Writes run.json (rank 0) and says what is about to run. An earlier run in the folder is set aside, not lost.
+
+    ``backends`` stand in run.json by their names: attention, packing, splice.
 
     Returns the lock that keeps a second run out of the folder; hold it until the run ends.
     Raises ConfigError when another run holds it, or the folder cannot be made.
@@ -81,8 +82,7 @@ def start_run(
         "config": config.model_dump(),
         "ds_config": ds_config,
         "tower": model.vision_tower.spec.as_dict(),
-        "attention": vars(attention),
-        "packing": vars(packing),
+        **{name: vars(backend) for name, backend in backends.items()},
         "initial_weights": describe_initial_weights(dict(initial_weights)),
         "world_size": ranks.world_size,
         "num_samples": data.plan.num_samples,
@@ -98,7 +98,7 @@ def start_run(
     (run_dir / "run.json").write_text(json.dumps(record, indent=1) + "\n")
     plan = data.plan
     print(f"{config.name}: {plan.num_samples} samples, {plan.num_steps} steps, {ranks.world_size} rank(s)")
-    print(f"attention: {attention.name} ({attention.reason}); batches: {packing.name} ({packing.reason})")
+    print("; ".join(f"{name}: {backend.name} ({backend.reason})" for name, backend in backends.items()))
     if data.skipped:
         print(f"skipped {sum(data.skipped.values())} samples: {dict(data.skipped)}")
     if plan.lengths.num_cut():

@@ -12,10 +12,11 @@ import torch
 from transformers import TextIteratorStreamer
 
 from llava_ds.checkpoint.load import load_model
-from llava_ds.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
+from llava_ds.constants import IMAGE_PLACEHOLDER
 from llava_ds.data.images import ImageTransform
 from llava_ds.errors import DataError
 from llava_ds.models.llava import Llava
+from llava_ds.ops.row_plan import plan_rows
 from llava_ds.schema import Turn
 from llava_ds.text.chat_template import resolve_template
 from llava_ds.text.encode import encode_prompt, stop_id, stop_string
@@ -92,16 +93,16 @@ class Session:
         num_patches = self.model.vision_tower.spec.num_patches
         rows = [encode_prompt(turns, self.tokenizer, self.template, num_patches) for turns in conversations]
         longest = max(len(row) for row in rows)
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        plan = plan_rows(ids, mask).to(self.device)
         pixels = [self.transform(path) for paths in images for path in paths]
         size = self.transform.image_size
         stacked = torch.stack(pixels) if pixels else torch.zeros(1, 3, size, size)
         with torch.no_grad():
             features = self.model.patch_features(stacked.to(self.device))
-            image_rows = (ids.flatten() == IMAGE_TOKEN_INDEX).nonzero().flatten()
-            embeds = self.model.inputs_embeds(ids, features, image_rows)
-        return {"inputs_embeds": embeds, "attention_mask": mask}
+            embeds = self.model.inputs_embeds(ids.to(self.device), features, plan)
+        return {"inputs_embeds": embeds, "attention_mask": mask.to(self.device)}
 
     def _options(self, sampling: Sampling) -> dict[str, Any]:
         stop = stop_string(self.tokenizer, self.template)

@@ -15,6 +15,7 @@ from llava_ds.errors import BackendUnavailableError, ConfigError
 from llava_ds.models.llava import Llava
 from llava_ds.models.projector import build_projector
 from llava_ds.models.vision_tower import build_tower
+from llava_ds.ops import splice_cuda
 from llava_ds.text.sentencepiece_tokenizer import is_llama_like, load_published_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,6 +68,37 @@ def resolve_packing(asked: str, attention: Backend) -> Backend:
     if attention.name == "flash_attention_2":
         return Backend("packed", "flash attention skips the pairs of different samples")
     return Backend("padded", f"{attention.name} would compute the pairs of different samples too")
+
+
+def resolve_splice(asked: str, projector: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """What projects and splices: what was asked for, or for ``auto`` the one that should be faster and works here.
+
+    ``fused`` is the CUDA kernel; ``library`` is cuBLAS and index operations, or their like on the CPU.
+
+    Raises BackendUnavailableError when the kernel is asked for by name and cannot run.
+    """
+    if asked == "library":
+        return Backend(asked, "asked for by name")
+    # Asking whether the kernel runs compiles it: not where it is not wanted.
+    why_library = _why_library(projector, device, dtype) if asked == "auto" else None
+    why_not = why_library or splice_cuda.why_not_fused(device, dtype)
+    if why_not is None:
+        return Backend("fused", "the kernel passed its check here" if asked == "auto" else "asked for by name")
+    if asked == "auto":
+        return Backend("library", why_library or f"the fused kernel is not usable: {why_not}")
+    raise BackendUnavailableError(
+        f"model.splice=fused cannot run: {why_not}.\n  Use auto or library, which compute the same."
+    )
+
+
+def _why_library(projector: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return None
+    if dtype == torch.float32:
+        return "in fp32, where the fused kernel has no tensor cores, cuBLAS should be faster"
+    if projector == "mlp2x_gelu" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return "cuBLAS should be faster in the second layer of mlp2x_gelu from compute capability 9.0 on"
+    return None
 
 
 def load_tokenizer(name: str) -> Any:
@@ -127,6 +159,14 @@ def build_llm(config: ModelConfig, attn_implementation: str, dtype: torch.dtype,
         ) from error
 
 
+def checkpoint_activations(llm: Any) -> None:
+    """Lets the layers of an LLM compute their activations again in the backward pass."""
+    llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Only reentrant checkpointing needs inputs with a gradient. The hook that transformers puts on the embedding for it
+    # would have the splice call the embedding instead of reading its table.
+    llm.disable_input_require_grads()
+
+
 def build_llm_from_config(raw: dict[str, Any], attn_implementation: str, dtype: torch.dtype) -> Any:
     """A causal LM of a transformers config as plain data, its weights to be loaded by the caller."""
     config = AutoConfig.for_model(**raw)
@@ -143,12 +183,14 @@ def llm_hidden_size(name: str) -> int:
         ) from error
 
 
-def build_model(config: ModelConfig, attn_implementation: str, dtype: torch.dtype, seed: int) -> Llava:
+def build_model(
+    config: ModelConfig, attn_implementation: str, dtype: torch.dtype, seed: int, fused: bool = False
+) -> Llava:
     """The whole model, every parameter not yet frozen or thawed (see ``apply_freezing``)."""
     tower = build_tower(config.vision_tower, config.vision_pretrained, config.select_layer).to(dtype)
     llm = build_llm(config, attn_implementation, dtype, seed)
     if config.gradient_checkpointing:
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(llm)
     width = llm.config.get_text_config().hidden_size
     projector = build_projector(config.projector, tower.spec.width, width, seed).to(dtype)
-    return Llava(tower, projector, llm, zero_features=config.zero_features)
+    return Llava(tower, projector, llm, zero_features=config.zero_features, fused=fused)

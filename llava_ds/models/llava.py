@@ -11,22 +11,32 @@ import torch.nn.functional as F
 from torch import nn
 
 from llava_ds.constants import IGNORE_INDEX
+from llava_ds.models.projector import split_projector
+from llava_ds.models.splice import Splice
 from llava_ds.models.vision_tower import VisionTower
-from llava_ds.ops.project_splice import project_splice
-from llava_ds.schema import Batch
+from llava_ds.schema import Batch, RowPlan
 
 
 class Llava(nn.Module):
     """Answers about images: patch features are projected and take the image's place among the word embeddings.
 
-    ``zero_features`` replaces the patch features by zeros, for blind runs.
+    ``zero_features`` replaces the patch features by zeros, for blind runs. ``fused`` lets the CUDA kernel do the
+    splice (see ``resolve_splice``).
     """
 
-    def __init__(self, vision_tower: VisionTower, projector: nn.Module, llm: Any, zero_features: bool = False) -> None:
+    def __init__(
+        self,
+        vision_tower: VisionTower,
+        projector: nn.Module,
+        llm: Any,
+        zero_features: bool = False,
+        fused: bool = False,
+    ) -> None:
         super().__init__()
         self.vision_tower = vision_tower
         self.projector = projector
         self.llm = llm
+        self.splice = Splice(split_projector(projector)[1], llm, fused)
         self.zero_features = zero_features
 
     def patch_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -35,14 +45,18 @@ class Llava(nn.Module):
         return torch.zeros_like(features) if self.zero_features else features
 
     def inputs_embeds(
-        self, input_ids: torch.Tensor, patch_features: torch.Tensor, image_rows: torch.Tensor
+        self, input_ids: torch.Tensor, patch_features: torch.Tensor, row_plan: RowPlan
     ) -> torch.Tensor:
-        """[B, S] ids and [I, P, C] features -> [B, S, D], images in their places."""
-        # Image positions hold a negative stand-in, which is no row of the table; any row will do there.
-        text_embeds = self.llm.get_input_embeddings()(input_ids.clamp(min=0))
+        """[B, S] ids and [I, P, C] features -> [B, S, D], images in their places (``plan_rows`` makes the plan).
+
+        Images beyond those of the plan fill no row; the projector runs on them, and its gradient of them is zero.
+        """
         features = torch.zeros_like(patch_features) if self.zero_features else patch_features
-        dtype = next(self.projector.parameters()).dtype
-        return project_splice(features.to(dtype), self.projector, text_embeds, image_rows)
+        # Not of a layer's weight: ZeRO-3 would keep one that is read here whole until the step ends.
+        features = features.to(next(self.projector.parameters()).dtype)
+        for layer in split_projector(self.projector)[0]:
+            features = layer(features)
+        return self.splice(features, input_ids, row_plan)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[K, V] logits at the batch's ``loss_rows``; the LM head runs nowhere else."""
@@ -51,7 +65,7 @@ class Llava(nn.Module):
             if batch.pixel_values is None:
                 raise ValueError("a batch needs pixel_values or patch_features, a dummy image at least; got neither")
             features = self.patch_features(batch.pixel_values)
-        embeds = self.inputs_embeds(batch.input_ids, features, batch.image_rows)
+        embeds = self.inputs_embeds(batch.input_ids, features, batch.row_plan)
         with _head_on_rows(self.llm, batch.loss_rows):
             return self.llm(
                 inputs_embeds=embeds,

@@ -656,7 +656,7 @@ def _check_batch(group: Sequence[EncodedSample], packing: str) -> None:
     assert batch.loss_rows.tolist() == (rows or [0])
     assert batch.loss_labels.tolist() == (labels or [-100])
     assert batch.num_supervised == len(labels)
-    assert batch.image_rows.tolist() == images
+    assert batch.row_plan.image_rows.tolist() == images
 
 
 def _fuzz(folder: Path, speeches: dict[str, Speech], seeds: range) -> Counter:

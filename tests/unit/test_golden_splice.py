@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from llava_ds.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ds.data.collator import Collator
 from llava_ds.data.dataset import Example
 from llava_ds.ops.project_splice import project_splice
+from llava_ds.ops.row_plan import plan_rows
 from llava_ds.schema import EncodedSample
 
 FOLDER = Path(os.environ.get("LLAVA_DS_GOLDEN", "nowhere")) / "splice"
@@ -57,8 +57,9 @@ def test_splice_is_the_official_one(case):
     width = table.shape[1]
     batch = Collator("padded", torch.zeros(NUM_PATCHES, width), features=True)(examples)
     features = batch.patch_features.clone().requires_grad_()
-    text = table[batch.input_ids.clamp(min=0)]
-    embeds = project_splice(features, nn.Identity(), text, batch.image_rows)
+    plan = plan_rows(batch.input_ids, batch.attention_mask)
+    # The features are as wide as the table already; a product with the identity changes no bit of them.
+    embeds = project_splice(features, torch.eye(width), None, table, plan).view(*batch.input_ids.shape, width)
 
     official = torch.from_numpy(golden["out_embeds"])
     weights = torch.from_numpy(golden["in_R"])

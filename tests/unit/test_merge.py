@@ -18,6 +18,7 @@ from llava_ds.constants import IMAGE_TOKEN_INDEX
 from llava_ds.data.images import ImageTransform, open_image
 from llava_ds.errors import CheckpointError
 from llava_ds.inference.session import Sampling, before_stop, load_session
+from llava_ds.ops.row_plan import plan_rows
 from llava_ds.schema import Turn
 from llava_ds.text.chat_template import resolve_template
 from llava_ds.text.encode import encode_prompt
@@ -58,8 +59,7 @@ def test_logits_equal_ours(world, projector, export):
 
 
 def _our_logits(model, ids, pixels):
-    rows = (ids.flatten() == IMAGE_TOKEN_INDEX).nonzero().flatten()
-    embeds = model.inputs_embeds(ids, model.patch_features(pixels), rows)
+    embeds = model.inputs_embeds(ids, model.patch_features(pixels), plan_rows(ids))
     return model.llm(inputs_embeds=embeds).logits
 
 
