@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test slow-test lint clean
+.PHONY: install quickstart test slow-test kernel-test lint clean
 
 install: .venv/.installed
 
@@ -22,6 +22,9 @@ test: install
 
 slow-test: install
 	$(BIN)/python -m pytest -m slow
+
+kernel-test: install
+	$(BIN)/python -m pytest -m "kernel or not kernel" tests/kernel tests/gpu
 
 lint: install
 	$(BIN)/ruff check . tools/*
