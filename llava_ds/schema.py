@@ -1,7 +1,8 @@
 """The nouns of the path from a record to a batch.
 
 Shapes use one alphabet everywhere: ``B`` rows, ``S`` padded length, ``T`` packed tokens, ``I`` images,
-``P`` patches per image, ``C`` vision width, ``D`` LLM width, ``V`` vocabulary, ``K`` supervised rows.
+``P`` patches per image, ``C`` vision width, ``D`` LLM width, ``V`` vocabulary, ``K`` supervised rows; of a batch's
+flattened [B * S] sequence, ``R`` all rows, ``M`` those of patches, ``U`` the distinct tokens of the others.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     from llava_ds.engine.optim import build_optimizer, build_scheduler
     from llava_ds.engine.run_record import check_run_dir, finish_run, start_run
     from llava_ds.engine.saving import save_step
-    from llava_ds.engine.setup import build_trackers, load_initial_weights, select_device
+    from llava_ds.engine.setup import agree_on_backend, build_trackers, load_initial_weights, select_device
     from llava_ds.metrics.trackers import check_trackers
     from llava_ds.models.build import (
         DTYPES,
@@ -85,7 +85,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     dtype = DTYPES[config.train.precision]
     attention = resolve_attention(config.model.attn_implementation, device, dtype)
     packing = resolve_packing(config.data.packing, attention)
-    splice = resolve_splice(config.model.splice, config.model.projector, device, dtype)
+    splice = agree_on_backend(resolve_splice(config.model.splice, config.model.projector, device, dtype), ranks)
     fill_bucket_sizes(ds_config, llm_hidden_size(config.model.llm))
 
     partitioned = backend.hold_partitioned_construction(ds_config)  # alive until the run ends

@@ -10,11 +10,12 @@ from torch import nn
 
 from llava_ds.checkpoint.trained import apply_trained, locate_trained
 from llava_ds.config import RunConfig
-from llava_ds.distributed import Ranks
+from llava_ds.distributed import Ranks, gather_objects
 from llava_ds.engine.deepspeed_backend import load_full_parameter
 from llava_ds.engine.loop import Tracker
 from llava_ds.errors import ConfigError
 from llava_ds.metrics.trackers import EXTRA_TRACKERS, JsonlTracker, ProgressBar
+from llava_ds.models.build import Backend
 
 
 def select_device(ranks: Ranks) -> torch.device:
@@ -49,3 +50,12 @@ def build_trackers(run_dir: Path, num_steps: int, config: RunConfig, ranks: Rank
         return []
     extra = [EXTRA_TRACKERS[name](run_dir, config.name) for name in config.track]
     return [ProgressBar(num_steps, config.name), JsonlTracker(run_dir / "metrics.jsonl"), *extra]
+
+
+def agree_on_backend(backend: Backend, ranks: Ranks) -> Backend:
+    """The same backend on every rank: where one cannot take what the others can, all do as that one, and say so."""
+    backends = gather_objects(ranks, backend)
+    if all(other.name == backends[0].name for other in backends):
+        return backend
+    rank = next(rank for rank, other in enumerate(backends) if other.name == "library")
+    return Backend("library", f"on rank {rank}: {backends[rank].reason}")

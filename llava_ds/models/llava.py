@@ -36,7 +36,7 @@ class Llava(nn.Module):
         self.vision_tower = vision_tower
         self.projector = projector
         self.llm = llm
-        self.splice = Splice(split_projector(projector)[1], llm, fused)
+        self.splice = Splice(self, fused)
         self.zero_features = zero_features
 
     def patch_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ class Llava(nn.Module):
     ) -> torch.Tensor:
         """[B, S] ids and [I, P, C] features -> [B, S, D], images in their places (``plan_rows`` makes the plan).
 
-        Images beyond those of the plan fill no row; the projector runs on them, and its gradient of them is zero.
+        With a plan without image rows the features are a dummy's: the projector runs, and its gradient is zero.
         """
         features = torch.zeros_like(patch_features) if self.zero_features else patch_features
         # Not of a layer's weight: ZeRO-3 would keep one that is read here whole until the step ends.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,9 +20,7 @@ def build_projector(kind: str, vision_width: int, llm_width: int, seed: int) -> 
         return nn.Sequential(nn.Linear(vision_width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width))
 
 
-def split_projector(projector: nn.Module) -> tuple[list[nn.Module], nn.Linear]:
-    """The layers before the last one, and the last one, which is part of the splice."""
+def split_projector(projector: nn.Module) -> tuple[list[nn.Module], Any]:
+    """The layers before the last one, and the last one, which is part of the splice (an ``nn.Linear``)."""
     layers = [*projector] if isinstance(projector, nn.Sequential) else [projector]
-    if not isinstance(layers[-1], nn.Linear):
-        raise TypeError(f"the last layer of a projector is a Linear, not a {type(layers[-1]).__name__}")
     return layers[:-1], layers[-1]

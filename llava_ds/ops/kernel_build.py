@@ -153,7 +153,9 @@ def _nvrtc() -> Any:
 
         nvrtc.nvrtcVersion()  # the library itself is looked for by the first call
     except (ImportError, RuntimeError, OSError) as error:
-        raise BackendUnavailableError(f"NVRTC cannot be loaded ({_first_line(error)})") from error
+        raise BackendUnavailableError(
+            f"NVRTC cannot be loaded ({_first_line(error)}); pip install cuda-bindings of torch's CUDA version"
+        ) from error
     return nvrtc
 
 
@@ -203,6 +205,7 @@ def _save(file: Path, image: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(hashlib.sha256(image).digest() + image)
+        os.chmod(unfinished, 0o644)  # users may share the folder, and a temporary file is its user's only
         os.replace(unfinished, file)
     except OSError:
         os.unlink(unfinished)

@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_ds.ops import splice_cpu, splice_eager
+from llava_ds.ops import splice_cpu, splice_cuda, splice_eager
 from llava_ds.ops.row_plan import Needs
 from llava_ds.schema import RowPlan
-
-FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def project_splice(
@@ -31,22 +29,23 @@ def project_splice(
     """Word embeddings and projected patches (paper, section 4.1: H_v = W Z_v), each in its row.
 
     Args:
-        patch_features: [.., C], flattened to [P, C]; P >= M. Patches from M on belong to a dummy image: they fill
+        patch_features: [.., C], flattened to [I * P, C], at least M of them. Patches from M on are a dummy's: they fill
             no row and get a gradient of zero. Without any image row, ``weight`` and ``bias`` get zeros, not None.
         weight: [D, C] of the projector's last (or only) linear layer.
         bias: [D], or None.
         table: [V, D] word embeddings.
         plan: of R rows, M of them images, on the device of the rest; its ids and rows are not checked again here.
-        fused: takes the CUDA kernel on a CUDA device (for bf16, fp16 and fp32), not the library's calls.
+        fused: where the table is on a CUDA device in bf16, fp16 or fp32, the CUDA kernel runs; elsewhere this changes
+            nothing. ``splice_cuda.why_not_fused`` says beforehand whether it can.
 
     Returns:
-        [R, D]; rows of padding are zero.
+        [R, D]; rows of padding are zero. It can be differentiated once.
 
     Raises:
         ValueError: dtypes, devices or shapes disagree, or the plan has more image rows than there are patches.
     """
     _check(patch_features, weight, bias, table, plan)
-    features = patch_features.reshape(-1, patch_features.shape[-1])  # [.., C] -> [P, C]
+    features = patch_features.reshape(-1, patch_features.shape[-1])  # [.., C] -> [I * P, C]
     rows = plan.src, plan.image_rows, plan.token_ids, plan.token_starts, plan.token_rows
     return _splice(features, weight, bias, table, *rows, fused)
 
@@ -63,7 +62,9 @@ def _check(patch_features: Tensor, weight: Tensor, bias: Tensor | None, table: T
     }
     for name, tensor in floats.items():
         if tensor.dtype != weight.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} but weight is {weight.dtype}; cast them to one dtype first")
+            raise ValueError(
+                f"{name} is {tensor.dtype} but weight is {weight.dtype}; cast projector, LLM and features to one dtype"
+            )
     for name, tensor in rows.items():
         if tensor.dtype != torch.int64:
             raise ValueError(f"{name} is {tensor.dtype} but has to be torch.int64, as plan_rows makes it")
@@ -91,9 +92,7 @@ def _implementation(tensor: Tensor, fused: bool) -> ModuleType:
     """The module whose ``forward`` and ``backward`` run on this tensor's device."""
     if tensor.device.type == "cpu":
         return splice_cpu
-    if fused and tensor.device.type == "cuda" and tensor.dtype in FUSED_DTYPES:
-        from llava_ds.ops import splice_cuda  # here, as only a CUDA device has what it loads
-
+    if fused and tensor.device.type == "cuda" and tensor.dtype in splice_cuda.DTYPE_MACROS:
         return splice_cuda
     return splice_eager
 
@@ -116,7 +115,8 @@ def _splice(
     fused: bool,
 ) -> Tensor:
     plan = RowPlan(src, image_rows, token_ids, token_starts, token_rows)
-    return _implementation(table, fused).forward(features, weight, bias, table, plan)
+    with torch.autocast(table.device.type, enabled=False):  # the output is preallocated in the table's dtype
+        return _implementation(table, fused).forward(features, weight, bias, table, plan)
 
 
 @torch.library.custom_op("llava_ds::project_splice_backward", mutates_args=())
@@ -134,7 +134,8 @@ def _splice_backward(
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan = RowPlan(src, image_rows, token_ids, token_starts, token_rows)
-    return _implementation(grad, fused).backward(grad, features, weight, num_tokens, plan, Needs(*needs))
+    with torch.autocast(grad.device.type, enabled=False):
+        return _implementation(grad, fused).backward(grad, features, weight, num_tokens, plan, Needs(*needs))
 
 
 @_splice.register_fake

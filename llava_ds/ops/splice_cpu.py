@@ -1,7 +1,7 @@
 """Projection and splice on the CPU: every row is computed where it belongs, in one output.
 
 A stretch of text is one gather and an image one GEMM, both straight into their rows of the output. Neither the
-projected patches nor a copy of all their gradients exists beside it: temporaries have at most ``MOST`` rows.
+projected patches nor a copy of all their gradients exists beside it: temporaries have at most ``PIECE_ROWS`` rows.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from llava_ds.ops.row_plan import Needs
 from llava_ds.ops.splice_eager import sum_dtype
 from llava_ds.schema import RowPlan
 
-CHUNK = 256
+GEMM_ROWS = 256
 """Rows from which on a GEMM runs at full speed. Shorter runs are joined and copied: at 36 patches an image that takes
 a quarter of the time off."""
 
-MOST = 4 * CHUNK
+PIECE_ROWS = 4 * GEMM_ROWS
 """Rows of a piece: in 16 bits a GEMM copies what is transposed for it, and a sum converts what it adds."""
 
 Run = tuple[int, int]
@@ -38,14 +38,16 @@ def find_runs(values: np.ndarray, step: int) -> list[Run]:
 
 
 def image_pieces(image_rows: Tensor) -> Iterator[Piece]:
-    """All patches in order: runs in parts of ``MOST``, and runs shorter than ``CHUNK`` joined until they are not."""
+    """All patches in order: runs in parts of ``PIECE_ROWS``; shorter ones joined up to ``GEMM_ROWS``."""
     rows = image_rows.numpy()
     parts = [
-        (part, min(part + MOST, end)) for begin, end in find_runs(rows, step=1) for part in range(begin, end, MOST)
+        (part, min(part + PIECE_ROWS, end))
+        for begin, end in find_runs(rows, step=1)
+        for part in range(begin, end, PIECE_ROWS)
     ]
     pieces: list[list[Run]] = []
     for begin, end in parts:
-        if pieces and end - begin < CHUNK and pieces[-1][-1][1] - pieces[-1][0][0] < CHUNK:
+        if pieces and end - begin < GEMM_ROWS and pieces[-1][-1][1] - pieces[-1][0][0] < GEMM_ROWS:
             pieces[-1].append((begin, end))
         else:
             pieces.append([(begin, end)])
@@ -57,7 +59,9 @@ def image_pieces(image_rows: Tensor) -> Iterator[Piece]:
 
 @torch.no_grad()
 def forward(patch_features: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, plan: RowPlan) -> Tensor:
-    """Patches [P', C], weight [D, C], bias [D], table [V, D] -> [R, D]. See ``project_splice``."""
+    """Patches [I * P, C], weight [D, C], bias [D], table [V, D] -> [R, D]. See ``project_splice``."""
+    if len(plan.token_ids) and plan.token_ids[-1] >= len(table):
+        raise IndexError(f"token id {plan.token_ids[-1]} is beyond the table of {len(table)} rows; fix the tokenizer")
     out = table.new_empty(len(plan.src), table.shape[1])
     kinds = np.minimum(plan.src.numpy(), 0)  # 0 for every token
     for begin, end in find_runs(kinds, step=0):
@@ -92,7 +96,7 @@ def backward(
 
 
 def features_gradient(grad: Tensor, patch_features: Tensor, weight: Tensor, plan: RowPlan) -> Tensor:
-    """[P', C]; patches that fill no row get zero."""
+    """[I * P, C]; patches that fill no row get zero."""
     out = patch_features.new_empty(patch_features.shape)
     for patches, rows in image_pieces(plan.image_rows):
         torch.mm(grad[rows], weight, out=out[patches])
@@ -129,11 +133,11 @@ def table_gradient(grad: Tensor, num_tokens: int, plan: RowPlan) -> Tensor:
     out = grad.new_zeros(num_tokens, grad.shape[1])
     starts = plan.token_starts.tolist()
     owners = torch.repeat_interleave(plan.token_starts.diff())  # which of token_ids each of token_rows belongs to
-    for begin in range(0, len(plan.token_ids), CHUNK):
-        ids = plan.token_ids[begin : begin + CHUNK]
+    for begin in range(0, len(plan.token_ids), GEMM_ROWS):
+        ids = plan.token_ids[begin : begin + GEMM_ROWS]
         sums = grad.new_zeros(len(ids), grad.shape[1], dtype=sum_dtype(grad))
         span = slice(starts[begin], starts[begin + len(ids)])
-        for rows, owner in zip(plan.token_rows[span].split(CHUNK), owners[span].split(CHUNK), strict=True):
+        for rows, owner in zip(plan.token_rows[span].split(GEMM_ROWS), owners[span].split(GEMM_ROWS), strict=True):
             sums.index_add_(0, owner - begin, grad[rows].to(sums.dtype))
         out.index_copy_(0, ids, sums.to(out.dtype))
     return out

@@ -93,7 +93,7 @@ def grad_table_launch(num_tokens: int, width: int, itemsize: int) -> Launch:
 
 
 def forward(patch_features: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, plan: RowPlan) -> Tensor:
-    """Patches [P, C], weight [D, C], bias [D], table [V, D] -> [R, D] in one launch. See ``project_splice``.
+    """Patches [I * P, C], weight [D, C], bias [D], table [V, D] -> [R, D] in one launch. See ``project_splice``.
 
     Raises ValueError for a size beyond 32 bits, BackendUnavailableError where ``why_not_fused`` says so.
     """
@@ -141,7 +141,7 @@ def backward(
 def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot be used here, or None where it can: then it is compiled and has passed its check.
 
-    Raises RuntimeError when the check ends in a CUDA error, after which the process cannot use the device.
+    Raises RuntimeError when the check leaves the device unusable.
     """
     if torch.version.hip:
         return "it is a CUDA kernel, and this PyTorch is built for ROCm"
@@ -157,15 +157,27 @@ def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _why_it_fails(index: int, dtype: torch.dtype) -> str | None:
+    device = torch.device("cuda", index)
     try:
-        return check_implementation(sys.modules[__name__], torch.device("cuda", index), dtype)
+        return check_implementation(sys.modules[__name__], device, dtype)
     except BackendUnavailableError as error:
         return str(error).splitlines()[0]
-    except RuntimeError as error:
+    except Exception as error:  # memory, driver, bindings of another version: training can do without the kernel
+        failure = f"its check ended in {type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}"
+        if _answers(device):
+            return failure
         raise RuntimeError(
-            f"the check of the fused kernel ended in an error on cuda:{index}, which may not be usable any more "
-            f"({str(error).splitlines()[0]}).\n  Start again with model.splice=library."
+            f"the fused kernel left {device} unusable: {failure}.\n  Start again with model.splice=library."
         ) from error
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether a device still computes; after an illegal access, no call of the process succeeds any more."""
+    try:
+        torch.cuda.synchronize(device)
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError:
+        return False
 
 
 @functools.cache

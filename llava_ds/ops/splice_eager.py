@@ -9,6 +9,9 @@ from llava_ds.constants import PAD_ROW
 from llava_ds.ops.row_plan import Needs
 from llava_ds.schema import RowPlan
 
+TABLE_COLUMNS = 512
+"""Columns of the table's gradient that are summed at a time; all at once would take three times its memory."""
+
 
 def forward(
     patch_features: torch.Tensor,
@@ -17,7 +20,7 @@ def forward(
     table: torch.Tensor,
     plan: RowPlan,
 ) -> torch.Tensor:
-    """Features [P, C], weight [D, C], bias [D] and table [V, D] -> [R, D]; patches from M on fill no row."""
+    """Features [I * P, C], weight [D, C], bias [D] and table [V, D] -> [R, D]; patches from M on fill no row."""
     out = table.index_select(0, plan.src.clamp(min=0))  # any row of the table will do where no token stands
     out.masked_fill_(plan.src.eq(PAD_ROW)[:, None], 0)
     patches = F.linear(patch_features[: len(plan.image_rows)], weight, bias)  # [M, C] -> [M, D]
@@ -55,11 +58,14 @@ def backward(
 def _grad_table(grad: torch.Tensor, num_tokens: int, plan: RowPlan) -> torch.Tensor:
     """[V, D]; each token's rows are summed in their order, so that no run differs from another."""
     grad_table = grad.new_zeros(num_tokens, grad.shape[1])
-    if len(plan.token_rows):
-        rows = grad.index_select(0, plan.token_rows).to(sum_dtype(grad))  # [N, D]
+    if not len(plan.token_rows):
+        return grad_table
+    for begin in range(0, grad.shape[1], TABLE_COLUMNS):
+        part = slice(begin, begin + TABLE_COLUMNS)
+        rows = grad[:, part].index_select(0, plan.token_rows).to(sum_dtype(grad))  # [N, TABLE_COLUMNS]
         # "unsafe" leaves out a check of the starts, which would wait for the device.
-        sums = torch.segment_reduce(rows, "sum", offsets=plan.token_starts, axis=0, unsafe=True)  # [U, D]
-        grad_table.index_copy_(0, plan.token_ids, sums.to(grad.dtype))
+        sums = torch.segment_reduce(rows, "sum", offsets=plan.token_starts, axis=0, unsafe=True)  # [U, ..]
+        grad_table[:, part].index_copy_(0, plan.token_ids, sums.to(grad.dtype))
     return grad_table
 
 

@@ -19,7 +19,9 @@ from llava_ds.distributed import (
     run_on_main_first,
 )
 from llava_ds.engine import deepspeed_backend as backend
+from llava_ds.engine.setup import agree_on_backend
 from llava_ds.errors import DataError
+from llava_ds.models.build import Backend
 
 
 def _told(attempt) -> str:
@@ -44,6 +46,7 @@ def main(out: str) -> None:
         "different": _told(lambda: check_agreement(ranks, "the plans", f"abc{ranks.rank}")),
         "main fails": _told(lambda: run_on_main_first(ranks, lambda: _fail_on(0, ranks))),
         "other fails": _told(lambda: run_on_main_first(ranks, lambda: _fail_on(1, ranks))),
+        "backend": vars(agree_on_backend(Backend(*(("fused", "fine"), ("library", "bad GPU"))[ranks.rank]), ranks)),
         "none fails": _told(lambda: run_on_main_first(ranks, lambda: _fail_on(2, ranks))),
     }
     Path(out, f"{ranks.rank}.json").write_text(json.dumps(told))

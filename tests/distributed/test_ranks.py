@@ -65,4 +65,5 @@ def test_ranks_that_differ_are_named_on_every_rank(tmp_path):
     assert second["main fails"] == "ConfigError: rank 0 failed, so rank 1 stops: DataError: no data on rank 0"
     assert first["other fails"] == "ConfigError: rank 1 failed, so rank 0 stops: DataError: no data on rank 1"
     assert second["other fails"] == "DataError: no data on rank 1"
+    assert first["backend"] == second["backend"] == {"name": "library", "reason": "on rank 1: bad GPU"}
     assert first["none fails"] == second["none fails"] == "fine: made"

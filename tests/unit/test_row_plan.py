@@ -36,7 +36,7 @@ def test_random_layouts():
         num_rows, length, vocabulary = draw.randint(1, 4), draw.randint(1, 40), draw.choice([1, 3, 20, 30000])
         tokens = [*range(vocabulary)] if draw.random() < 0.3 else [IMAGE_TOKEN_INDEX, *range(vocabulary)]
         ids = [draw.choices(tokens, k=length) for _ in range(num_rows)]
-        mask = [[draw.random() < 0.8 for _ in range(length)] for _ in range(num_rows)]
+        mask = [[token == IMAGE_TOKEN_INDEX or draw.random() < 0.8 for token in row] for row in ids]
         plan = _lists(plan_rows(torch.tensor(ids), torch.tensor(mask)))
         assert plan == _plan_reference(ids, mask)
         seen["images"] += len(plan["image_rows"])
@@ -53,7 +53,6 @@ CASES = {
     "only images": ([[IMAGE, IMAGE], [IMAGE, IMAGE]], [[True] * 2] * 2),
     "only text": ([[5, 5, 4]], [[True] * 3]),
     "id 0 is a token beside pads of id 0": ([[0, 3, 0, 0], [0, 0, 0, 3]], [[True] * 3 + [False], [False] + [True] * 3]),
-    "an image position outside the mask is padding": ([[IMAGE, IMAGE, 2]], [[True, False, True]]),
     "a negative id outside the mask is padding": ([[-1, -2, -100, 2]], [[False] * 3 + [True]]),
 }
 
@@ -84,8 +83,14 @@ def test_a_mask_of_numbers_and_a_transposed_one_say_the_same():
 
 @pytest.mark.parametrize("token", [-1, -2, -100])
 def test_an_id_that_is_no_token_is_refused(token):
-    with pytest.raises(ValueError, match=f"{token} at row 2"):
-        plan_rows(torch.tensor([[1, IMAGE, token, 3]]))
+    with pytest.raises(ValueError, match=f"id {token} in row 1, column 2 is neither a token nor -200"):
+        plan_rows(torch.tensor([[1, 2, 3, 4], [1, IMAGE, token, 3]]))
+
+
+def test_an_image_outside_the_mask_is_refused():
+    """Its patches would go to the next image's rows."""
+    with pytest.raises(ValueError, match="id -200 in row 0, column 1 is a patch outside the mask"):
+        plan_rows(torch.tensor([[IMAGE, IMAGE, 2]]), torch.tensor([[True, False, True]]))
 
 
 def test_a_mask_of_another_shape_is_refused():

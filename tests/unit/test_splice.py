@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
@@ -14,6 +15,7 @@ from llava_ds.data.dataset import Example
 from llava_ds.models.build import checkpoint_activations
 from llava_ds.models.llava import Llava
 from llava_ds.models.projector import build_projector
+from llava_ds.ops.row_plan import plan_rows
 from llava_ds.schema import Batch, EncodedSample
 
 VOCABULARY, WIDTH, VISION_WIDTH, NUM_PATCHES, PADDING = 23, 16, 6, 3, 4
@@ -140,6 +142,7 @@ def test_a_frozen_table_gets_no_gradient(llm):
         lambda e: e.register_forward_pre_hook(print),
         lambda e: e.register_full_backward_hook(print),
         lambda e: e.register_full_backward_pre_hook(print),
+        lambda e: add_hook_to_module(e, ModelHook()),  # accelerate's way: a forward of the object
     ],
 )
 def test_an_embedding_that_does_more_than_look_up_is_called(change):
@@ -197,3 +200,53 @@ def test_a_moved_and_a_resized_model_reads_what_it_has_now():
         [Example(EncodedSample("new", (), (VOCABULARY, 3), (VOCABULARY, 3)), [])]
     )
     assert torch.equal(_embeds(model, words)[0], F.embedding(words.input_ids, model.llm.model.embed_tokens.weight)[0])
+
+
+@pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
+def test_replaced_parts_are_the_ones_that_are_read(projector):
+    model, batch = _model("plain", projector), _batch()
+    model.projector = build_projector(projector, VISION_WIDTH, WIDTH, seed=3)
+    model.llm = LLMS["plain"]()
+    torch.testing.assert_close(_embeds(model, batch), _one_by_one(model, batch).detach(), rtol=1e-5, atol=1e-6)
+
+
+class Doubled(nn.Linear):
+    """A layer whose weight does not say what it does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["wrapped", "hooked"])
+def test_a_last_layer_that_is_more_than_its_weight_is_refused(change):
+    model, batch = _model(), _batch()
+    if change == "wrapped":
+        model.projector = Doubled(VISION_WIDTH, WIDTH)
+    else:
+        model.projector.register_forward_hook(print)
+    with pytest.raises(TypeError, match="without hooks or wrappers"):
+        _embeds(model, batch)
+
+
+@pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
+def test_autocast_projects_in_the_dtype_of_the_weights(projector):
+    model, batch = _model("plain", projector), _batch()
+    before = _embeds(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = _embeds(model, batch)
+    assert inside.dtype == torch.float32
+    # The first layer of the MLP is in bf16: 8 bits of mantissa. The linear projector is not.
+    torch.testing.assert_close(inside, before, rtol=0.03, atol=0.03 if projector == "mlp2x_gelu" else 0)
+
+
+def test_images_that_are_not_the_plans_are_refused():
+    model, batch = _model(), _batch()
+    with pytest.raises(ValueError, match="6 image rows in the plan but 9 patches"):
+        model.inputs_embeds(batch.input_ids, batch.patch_features[[0, 1, 1]], batch.row_plan)
+
+
+def test_no_sample_at_all():
+    model = _model()
+    embeds = model.inputs_embeds(torch.empty(0, 4, dtype=torch.long), torch.ones(1, NUM_PATCHES, VISION_WIDTH),
+                                 plan_rows(torch.empty(0, 4, dtype=torch.long)))
+    assert embeds.shape == (0, 4, WIDTH)

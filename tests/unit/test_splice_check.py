@@ -219,10 +219,22 @@ class TestWhyNotFused:
         splice_cuda._module.cache_clear()
         assert self.why() == 'NVRTC cannot compile for sm_90: kernel.cu(1): error: identifier "b" is undefined'
 
+    @pytest.mark.parametrize(
+        "error", [torch.OutOfMemoryError("no memory left\nmore"), ValueError("no memory left"), AttributeError()]
+    )
+    def test_an_error_that_leaves_the_device_usable_is_the_reason(self, monkeypatch, error):
+        def fails(*_):
+            raise error
+
+        monkeypatch.setattr(splice_cuda, "check_implementation", fails)
+        monkeypatch.setattr(splice_cuda, "_answers", lambda device: True)
+        what = "no memory left" if str(error) else "no reason"
+        assert self.why() == f"its check ended in {type(error).__name__}: {what}"
+
     def test_a_device_that_fails_stops_the_run(self, monkeypatch):
         def lost(*_):
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
         monkeypatch.setattr(splice_cuda, "check_implementation", lost)
-        with pytest.raises(RuntimeError, match=r"cuda:3.*illegal memory access was .*\)\.\n.*model.splice=library"):
+        with pytest.raises(RuntimeError, match=r"cuda:3 unusable: .*illegal memory access.*\n.*model.splice=library"):
             self.why()

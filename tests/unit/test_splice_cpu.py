@@ -23,8 +23,8 @@ LAYOUTS = {
     "only_padding": "p3",
     "adjacent_images_and_padding": "t1 i4 i5 p6 t2 i3 p1",
     "single_rows": "t1 i1 t1 i1 p1 i1",
-    "long_runs": f"t2 i{splice_cpu.CHUNK} t1 i{splice_cpu.MOST + 3} t300",
-    "short_between_long": f"i{splice_cpu.CHUNK + 1} t1 i5 t1 i6 t1 i{splice_cpu.CHUNK} p2 i3",
+    "long_runs": f"t2 i{splice_cpu.GEMM_ROWS} t1 i{splice_cpu.PIECE_ROWS + 3} t300",
+    "short_between_long": f"i{splice_cpu.GEMM_ROWS + 1} t1 i5 t1 i6 t1 i{splice_cpu.GEMM_ROWS} p2 i3",
     "many_short": "t2 i9 " * 70,
 }
 
@@ -108,8 +108,8 @@ def test_pieces_against_a_slow_oracle(monkeypatch):
     for _ in range(300):
         chunk = int(rng.integers(1, 9))
         most = chunk + int(rng.integers(0, 9))
-        monkeypatch.setattr(splice_cpu, "CHUNK", chunk)
-        monkeypatch.setattr(splice_cpu, "MOST", most)
+        monkeypatch.setattr(splice_cpu, "GEMM_ROWS", chunk)
+        monkeypatch.setattr(splice_cpu, "PIECE_ROWS", most)
         rows = np.flatnonzero(rng.random(60) < rng.random())
         if rng.random() < 0.2:
             rng.shuffle(rows)
@@ -202,7 +202,7 @@ def test_unused_patches_and_absent_tokens_get_zeros():
 def test_16_bit_sums_over_rows_are_kept_in_float32(dtype, small):
     # The first piece, and the first rows of the only token, sum to 4096; in 16 bits that takes up none of the eight
     # sums that follow.
-    chunk = splice_cpu.CHUNK
+    chunk = splice_cpu.GEMM_ROWS
     plan = _plan(f"i{chunk} t{chunk} " * 9)
     src, rows = plan.src.clamp(max=0), plan.token_rows.sort().values
     plan = RowPlan(src, plan.image_rows, torch.tensor([0]), torch.tensor([0, len(rows)]), rows)
@@ -225,13 +225,13 @@ def _peak_bytes(call) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", [f"t9000 i{36 * splice_cpu.CHUNK} p40", "t30 i9 " * 800], ids=["long", "short"])
+@pytest.mark.parametrize("layout", [f"t9000 i{36 * splice_cpu.GEMM_ROWS} p40", "t30 i9 " * 800], ids=["long", "short"])
 def test_memory_beyond_the_results_does_not_grow_with_the_rows(dtype, layout, monkeypatch):
     monkeypatch.setenv("KINETO_LOG_LEVEL", "9")  # or it tells stderr that there is no GPU
     plan, width = _plan(layout), 64
     operands, grad = _operands(plan, dtype, vision_width=4, width=width)
     features, weight, _, table = operands
-    bound = 1.5 * splice_cpu.MOST * width * 4  # rows in float32, and half as much for all that is small
+    bound = 1.5 * splice_cpu.PIECE_ROWS * width * 4  # rows in float32, and half as much for all that is small
     for rows in (len(plan.image_rows), len(plan.token_rows)):
         assert rows * width * dtype.itemsize > 2 * bound
     out_bytes = grad.nbytes
