@@ -62,11 +62,16 @@ def _grad_table(grad: torch.Tensor, num_tokens: int, plan: RowPlan) -> torch.Ten
         return grad_table
     for begin in range(0, grad.shape[1], TABLE_COLUMNS):
         part = slice(begin, begin + TABLE_COLUMNS)
-        rows = grad[:, part].index_select(0, plan.token_rows).to(sum_dtype(grad))  # [N, TABLE_COLUMNS]
-        # "unsafe" leaves out a check of the starts, which would wait for the device.
-        sums = torch.segment_reduce(rows, "sum", offsets=plan.token_starts, axis=0, unsafe=True)  # [U, ..]
-        grad_table[:, part].index_copy_(0, plan.token_ids, sums.to(grad.dtype))
+        grad_table[:, part].index_copy_(0, plan.token_ids, _sum_by_token(grad[:, part], plan))
     return grad_table
+
+
+def _sum_by_token(grad: torch.Tensor, plan: RowPlan) -> torch.Tensor:
+    """[R, ..] -> [U, ..]; what it allocates is free again before the next columns."""
+    rows = grad.index_select(0, plan.token_rows).to(sum_dtype(grad))
+    # "unsafe" leaves out a check of the starts, which would wait for the device.
+    sums = torch.segment_reduce(rows, "sum", offsets=plan.token_starts, axis=0, unsafe=True)
+    return sums.to(grad.dtype)
 
 
 def sum_dtype(tensor: torch.Tensor) -> torch.dtype:

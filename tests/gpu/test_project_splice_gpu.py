@@ -24,7 +24,7 @@ from tests.helpers.cuda_on_cpu.cases import (
     run,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or bool(torch.version.hip), reason="no CUDA device")
 
 DEVICE = torch.device("cuda")
 LAYOUTS = [*EDGES, *random_layouts(200, seed=5)]

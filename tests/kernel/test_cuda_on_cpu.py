@@ -1,17 +1,15 @@
 """The emulation itself: small kernels that are right pass, and each check finds the fault that it is for."""
 
-import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from tests.helpers.cuda_on_cpu.runner import CHECKS, COMPILER, HEADERS, KernelError, Program, compile_source
+from tests.helpers.cuda_on_cpu import runner
+from tests.helpers.cuda_on_cpu.buffers import sparse_zeros
+from tests.helpers.cuda_on_cpu.runner import CHECKS, HEADERS, KernelError, Program, compile_source, needs_compiler
 
-pytestmark = [
-    pytest.mark.kernel,
-    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler {COMPILER!r}"),
-]
+pytestmark = [pytest.mark.kernel, needs_compiler]
 
 SHARED_BYTES = 256 * 16
 HALVES = [torch.float16, torch.bfloat16]
@@ -193,6 +191,76 @@ def test_a_write_after_shared_memory_that_ends_within_a_page(program):
     out = nothing(1000)
     with pytest.raises(KernelError, match="write beyond the end of shared memory"):
         program.launch("touch", (floats(), out, 10, 3), (out,), block=(32,), shared_bytes=12)
+
+
+def test_a_result_may_be_written_once(program):
+    out = nothing()
+    program.launch("write_once", (out, 0), (out,), grid=(4,), block=(64,))
+    assert torch.equal(out.view(torch.int32).view(256, 4), torch.tensor([1, 2, 3, 4], dtype=torch.int32).expand(256, 4))
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        (1, r"write to buffer 0, byte \d+, which thread \d+ of block [0-3] wrote"),
+        (2, r"read of buffer 0, byte \d+, which thread \d+ of block [0-3] wrote"),
+        (3, r"read of buffer 0, byte \d+, which is for results"),
+    ],
+)
+def test_a_result_may_not_be_read_or_written_again(program, mode, message):
+    out = nothing()
+    with pytest.raises(KernelError, match=rf"line \d+, thread .*: race in global memory: {message}"):
+        program.launch("write_once", (out, mode), (out,), grid=(4,), block=(64,))
+
+
+def test_a_large_array_is_taken_in_place(program):
+    large, out = sparse_zeros(2**10, 2**20, torch.float32), nothing(4)
+    large[0, 1023] = 7
+    program.launch("touch", (large, out, 2, 1023), (out,), block=(32,))
+    assert out[0] == 7
+    program.launch("touch", (out, large, 3, 2**30 - 1), (large,), block=(32,))
+    assert large[-1, -1] == 1
+    for place in (2**30, -1):
+        with pytest.raises(KernelError, match="out of bounds"):
+            program.launch("touch", (large, out, 2, place), (out,), block=(32,))
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_a_kernel_without_end_is_ended(program, mode):
+    with pytest.raises(KernelError, match="the launch does not end in its time"):
+        program.launch("endless", (mode,), (), block=(64,), limit_s=0.2)
+
+
+def test_a_launch_that_ends_in_its_time(program):
+    program.launch("endless", (2,), (), block=(64,), limit_s=0.2)
+
+
+@pytest.mark.parametrize(
+    ("block", "shared_bytes", "message"),
+    [(1025, 0, "1 to 1024 threads"), (0, 0, "1 to 1024 threads"), (32, 49153, "at most 49152 bytes of shared memory")],
+)
+def test_what_a_gpu_does_not_start(program, block, shared_bytes, message):
+    with pytest.raises(KernelError, match=message):
+        program.launch("read_rows", (16,), (), block=(block,), shared_bytes=shared_bytes)
+
+
+def test_all_shared_memory_may_be_taken(program):
+    program.launch("read_rows", (16,), (), block=(32,), shared_bytes=49152)
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ([], "no C++ compiler"),
+        (["no-such-compiler", "-m64"], "no C++ compiler"),
+        ([*runner.COMPILER_COMMAND, "-D_Float16=unknown"], "does not compile _Float16"),
+        ([*runner.COMPILER_COMMAND, "-DMORE=1"], None),
+    ],
+)
+def test_why_there_is_no_compiler(monkeypatch, command, reason):
+    monkeypatch.setattr(runner, "COMPILER_COMMAND", command)
+    found = runner.why_no_compiler.__wrapped__()
+    assert found is None if reason is None else reason in found
 
 
 def test_the_barrier_is_for_all(program):

@@ -6,8 +6,8 @@ It shows what the compiler made of the source: what it reads, keeps in registers
 import functools
 import os
 import re
-import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 from unittest.mock import patch
@@ -21,11 +21,19 @@ from llava_ds.ops.row_plan import Needs
 from llava_ds.ops.splice_cuda import macros
 from tests.helpers.cuda_on_cpu.cases import Layout, check_error, check_exact, make_case, names_of, run, torch_reference
 from tests.helpers.cuda_on_cpu.ptx import CompiledSplice, compile_ptx, make_ptx
-from tests.helpers.cuda_on_cpu.runner import COMPILER, DTYPES, KERNEL, EmulatedSplice, KernelError, Program
+from tests.helpers.cuda_on_cpu.runner import (
+    COMPILER_COMMAND,
+    DTYPES,
+    KERNEL,
+    EmulatedSplice,
+    KernelError,
+    Program,
+    needs_compiler,
+)
 
 pytestmark = [
     pytest.mark.kernel,
-    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler {COMPILER!r}"),
+    needs_compiler,
 ]
 
 FUSED = ("-O1", "-fexpensive-optimizations", "-ffp-contract=fast")
@@ -74,7 +82,7 @@ def kernels(folder):
 @functools.cache
 def cpu_fuses():
     """Whether code for this CPU has fused multiply-add."""
-    command = [COMPILER, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    command = [*COMPILER_COMMAND, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     macros = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return "__FMA__" in macros or "__ARM_FEATURE_FMA" in macros
 
@@ -127,11 +135,14 @@ def test_a_row_that_names_no_token_traps(kernels, vector):
 
 
 class Fault(NamedTuple):
-    """The occurrence of ``pattern`` in an entry that is replaced, and the message of the check that notices it."""
+    """The occurrence of ``pattern`` in an entry that is replaced, and the message of the check that notices it.
+
+    The replacement is a template, or a function of the match.
+    """
 
     entry: str
     pattern: str
-    replacement: str
+    replacement: str | Callable[[re.Match[str]], str]
     found: str
     occurrence: int = 0
 
@@ -141,9 +152,15 @@ VALUES = "other bits"
 BARRIER = r"bar\.sync\s+0;"
 MMA_B = r"(mma\.sync.*?\}, \{.*?\}, \{)(%r\d+), (%r\d+)"
 
+
+def one_more(wait):
+    """A group of copies that may still be under way."""
+    return f"wait_group {int(wait[1]) + 1}"
+
+
 FAULTS = (
-    Fault("splice_forward", r"wait_group\s+1", "wait_group 2", "cp.async of thread"),
-    Fault("splice_forward", r"cp\.async\.commit_group;", "", "cp.async of thread", 2),
+    Fault("splice_forward", r"wait_group\s+(\d+)", one_more, "cp.async of thread"),
+    Fault("splice_forward", r"cp\.async\.commit_group;", "", "cp.async of thread", -1),
     Fault("splice_forward", r"x4\.shared", "x4.trans.shared", VALUES, 3),
     Fault("splice_forward", MMA_B, r"\1\3, \2", VALUES, 7),
     Fault("splice_forward", r"(cp\.async\.cg.*, )%r\d+;", r"\g<1>8;", VALUES),
@@ -167,7 +184,8 @@ def plant(ptx, fault, name):
     places = list(re.finditer(fault.pattern, text))
     assert len(places) > fault.occurrence, f"{fault} stands nowhere"
     place = places[fault.occurrence]
-    return (text[: place.start()] + place.expand(fault.replacement) + text[place.end() :]).replace(fault.entry, name)
+    new = fault.replacement(place) if callable(fault.replacement) else place.expand(fault.replacement)
+    return (text[: place.start()] + new + text[place.end() :]).replace(fault.entry, name)
 
 
 class Renamed(NamedTuple):

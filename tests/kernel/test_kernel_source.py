@@ -1,6 +1,5 @@
 """The kernel's own source, run on the CPU: right in every dtype, form and layout, in whatever order its warps run."""
 
-import shutil
 from functools import partial
 
 import pytest
@@ -9,16 +8,23 @@ import torch
 from llava_ds.constants import IMAGE_ROW
 from llava_ds.ops import splice_check
 from llava_ds.ops.row_plan import Needs
-from tests.helpers.cuda_on_cpu.cases import EDGES, Layout, check_layout, make_case, random_layouts, run
-from tests.helpers.cuda_on_cpu.runner import COMPILER, DTYPES, EmulatedSplice, KernelError, Program
+from tests.helpers.cuda_on_cpu.cases import (
+    EDGES,
+    Layout,
+    check_layout,
+    check_offsets,
+    make_case,
+    random_layouts,
+    run,
+)
+from tests.helpers.cuda_on_cpu.runner import DTYPES, EmulatedSplice, KernelError, Program, needs_compiler
 
-pytestmark = [
-    pytest.mark.kernel,
-    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler {COMPILER!r}"),
-]
+pytestmark = [pytest.mark.kernel, needs_compiler]
 
 VARIANTS = [(dtype, vector) for dtype in DTYPES for vector in (False, True)]
-NUM_RANDOM = 10
+NUM_RANDOM = 34
+"""Layouts drawn for each variant, others for every one; the fixed ones come on top."""
+
 every_variant = pytest.mark.parametrize(("dtype", "vector"), VARIANTS, ids=lambda part: str(part).split(".")[-1])
 
 
@@ -31,7 +37,7 @@ def kernel(tmp_path_factory):
 @every_variant
 def test_every_layout_is_right(kernel, dtype, vector):
     layouts = [*EDGES, *random_layouts(NUM_RANDOM, seed=VARIANTS.index((dtype, vector)))]
-    assert len(layouts) * len(VARIANTS) >= 200
+    assert NUM_RANDOM * len(VARIANTS) >= 200
     emulated = kernel(vector=vector)
     wrong = []
     for number, layout in enumerate(layouts):
@@ -67,6 +73,11 @@ def test_ldmatrix_has_no_bank_conflicts(kernel, dtype):
     emulated = kernel(vector=True)
     run(emulated, make_case(Layout("", "i70 t2", 96, 136), dtype, True, integers=False))
     assert emulated.program(dtype, True).num_bank_conflicts() == 0
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_offsets_have_more_than_32_bits(kernel, vector):
+    check_offsets(kernel(), torch.bfloat16, vector)
 
 
 def test_patches_in_any_order_of_rows(kernel):

@@ -1,7 +1,6 @@
 """Faults planted in the kernel's source are caught by the checks of test_kernel_source.py: these can fail."""
 
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -9,15 +8,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.helpers.cuda_on_cpu.cases import Layout, check_layout
-from tests.helpers.cuda_on_cpu.runner import CHECKS, COMPILER, KERNEL, EmulatedSplice, KernelError
+from tests.helpers.cuda_on_cpu.cases import Layout, check_layout, check_offsets
+from tests.helpers.cuda_on_cpu.runner import CHECKS, KERNEL, EmulatedSplice, KernelError, needs_compiler
 
-pytestmark = [
-    pytest.mark.kernel,
-    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler {COMPILER!r}"),
-]
+pytestmark = [pytest.mark.kernel, needs_compiler]
 
-VALUES = "elements are wrong|PyTorch's"
+EXACT = "elements are wrong"
+VALUES = f"{EXACT}|PyTorch's"
 """The results are wrong. The other faults are found as such, by the emulation, whatever the results."""
 
 
@@ -48,6 +45,12 @@ A_TRANSPOSED_LANES = "chunk_offset<false>(k0 + lane / 16 * 8 + lane % 8, line / 
 LOAD_INTO_STAGE = "% STAGES * STAGE_BYTES;\n            load"
 B_LANES = "chunk_offset<true>(line + lane / 16 * 8 + lane % 8, k0 / VEC + lane / 8 % 2)"
 
+K_TILES = "num_k_tiles = divide_up(K, TILE_K);"
+STAGED = "staged[staged_row * STAGED_PITCH + threadIdx.x % CHUNKS * VEC + i]"
+BIASED = f"{STAGED} + bias[i];"
+STORE = "    store_tile(sums, output, row0, column0);"
+BIAS_ROW = "    sum_rows(sums, LANES, COLUMNS, row, column);\n    if (row) return;\n"
+
 FAULTS = (
     # Order: found although the results may be right by luck.
     Fault("no barrier in the main loop", LOOP_BARRIER, "//", "race in shared memory|cp.async of thread"),
@@ -71,7 +74,8 @@ FAULTS = (
     Fault("lanes of C", "(16 * i + c / 2 * 8 + lane / 4)", "(16 * i + c % 2 * 8 + lane / 4)", VALUES),
     Fault("permuted on one side only", "copy_to_shared(tile + chunk_offset<BY_LINE>(row, chunk)",
           "copy_to_shared(tile + row * (BY_LINE ? 64 : 256) + chunk * 16", VALUES),
-    Fault("a patch one row too far", "output.scatter[row] :", "output.scatter[row] + 1 :", VALUES + "|trap"),
+    Fault("a patch one row too far", "output.scatter[row] :", "output.scatter[row] + 1 :",
+          VALUES + "|trap|race in global memory"),
     Fault("a gathered row too far", "operand.gather[row] :", "operand.gather[row] + 1 :", VALUES + "|out of bounds"),
     Fault("tokens one row too far", "table + token * D", "table + (token + 1) * D", VALUES + "|out of bounds"),
     Fault("a row beyond the last", "if (row >= R) return;", "if (row > R) return;", "out of bounds"),
@@ -92,12 +96,40 @@ FAULTS = (
     Fault("a token's last row", "end = token_starts[blockIdx.x + 1]", "end = token_starts[blockIdx.x + 1] - 1", VALUES),
     Fault("a token's second row", "if (end - start > 1)", "if (end - start > 2)", VALUES),
     Fault("a bias without most rows", "m < M; m += LANES", "m < M && m < LANES; m += LANES", VALUES),
+    Fault("16 k tiles at most", K_TILES, "num_k_tiles = K > 16 * TILE_K ? 16 : divide_up(K, TILE_K);", VALUES),
+    # Rounding: only whole numbers tell that it happened twice, or the wrong way.
+    Fault("rounded before the bias", BIASED, f"to_float(from_float({STAGED})) + bias[i];", EXACT),
+    Fault("cut off, not rounded", "pack.values[i] = from_float(values[i]);",
+          "pack.values[i] = Half{static_cast<unsigned short>(__builtin_bit_cast(unsigned, values[i]) >> 16)};", EXACT),
+    # Other blocks' results: found although this order of the blocks gives the right values.
+    Fault("a tile rewrites another's element", STORE,
+          STORE + "\n    if (tile && !threadIdx.x) store16(output.base, load16(output.base));",
+          "race in global memory: read"),
+    Fault("a bias written by all rows", BIAS_ROW, BIAS_ROW.replace("    if (row) return;", ""),
+          "race in global memory: write"),
+)
+
+
+def narrowed(name: str, place: str, offset: str) -> Fault:
+    """An offset that is computed in 32 bits; it stands once in the source with what surrounds it."""
+    return Fault(name, place, place.replace(offset, f"static_cast<int>({offset})"), EXACT + "|undefined|out of bounds")
+
+
+OFFSET_FAULTS = (
+    narrowed("32-bit offset of a text row", "out + static_cast<Index>(row) * D", "static_cast<Index>(row) * D"),
+    narrowed("32-bit offset of a token", "table + token * D", "token * D"),
+    narrowed("32-bit offset of a patch", "target * output.num_columns", "target * output.num_columns"),
+    Fault("32-bit gathered row", "Index stored_row(", "int stored_row(", EXACT + "|undefined|out of bounds"),
+    narrowed("32-bit offset of a token's row", "grad + token_rows[n] * D", "token_rows[n] * D"),
+    narrowed("32-bit offset of a patch's row", "grad + image_rows[m] * D", "image_rows[m] * D"),
+    narrowed("32-bit offset of a token's gradient", "token_ids[blockIdx.x] * D", "token_ids[blockIdx.x] * D"),
 )
 
 LAYOUTS = (
     Layout("two tiles each way", "t3 i131 p2", 72, 136, 3),
     Layout("tails", "t9 i5 t2 i70 p1", 41, 13, 4),
     Layout("tails of whole chunks", "t40 i9", 24, 40, 5, 2, has_bias=False),
+    Layout("33 k tiles in 16 bits", "t1 i3", 1056, 8),
 )
 
 
@@ -118,7 +150,7 @@ def folder(tmp_path_factory):
     """Holds all spoilt kernels, compiled side by side."""
     folder = tmp_path_factory.mktemp("faults")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for fault in FAULTS:
+        for fault in (*FAULTS, *OFFSET_FAULTS):
             if KERNEL.read_text().count(fault.old) == 1:
                 pool.submit(spoilt(folder, fault).program, fault.dtype, fault.vector)
     return folder
@@ -136,6 +168,12 @@ def test_a_fault_is_caught(folder, fault):
     kernel = spoilt(folder, fault)
     with pytest.raises((KernelError, AssertionError), match=fault.found):
         check_all(kernel, fault.dtype, fault.vector)
+
+
+@pytest.mark.parametrize("fault", OFFSET_FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_of_large_arrays_is_caught(folder, fault):
+    with pytest.raises((KernelError, AssertionError), match=fault.found):
+        check_offsets(spoilt(folder, fault), fault.dtype, fault.vector)
 
 
 @pytest.mark.parametrize(("dtype", "vector"), sorted({(f.dtype, f.vector) for f in FAULTS}, key=str))

@@ -15,6 +15,7 @@ from llava_ds.ops import splice_cpu, splice_eager
 from llava_ds.ops.project_splice import project_splice
 from llava_ds.ops.row_plan import Needs, plan_rows
 from llava_ds.schema import RowPlan
+from tests.helpers.allocations import peak_bytes
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor takes g++, which is not here")
 IMAGE, PAD = IMAGE_TOKEN_INDEX, None
@@ -171,6 +172,16 @@ def test_the_library_calls_never_wait_for_the_device():
         assert [grad.shape for grad in grads] == [operand.shape for operand in operands]
         with pytest.raises(Exception, match="nonzero"):  # the test can fail
             out[plan.src >= 0]
+
+
+def test_the_library_calls_sum_the_tables_gradient_in_less_memory_than_it_takes():
+    num_rows, width = 2048, 8 * splice_eager.TABLE_COLUMNS
+    plan = plan_rows(torch.arange(num_rows)[None] % 50)
+    grad = torch.ones(num_rows, width, dtype=torch.bfloat16)
+    weight, needs = grad.new_empty(width, 4), Needs(False, False, False, True)
+    peak = peak_bytes(lambda: splice_eager.backward(grad, grad.new_empty(1, 4), weight, 50, plan, needs))
+    # Of all columns at once the copies would take three times the gradient.
+    assert 50 * width * 2 < peak < 0.5 * grad.nbytes
 
 
 def _random_layout(draw):

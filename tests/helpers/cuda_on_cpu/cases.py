@@ -1,14 +1,16 @@
-"""Layouts that a fused ``project_splice`` has to get right, and the two ways to judge what it computes.
+"""Layouts that a fused ``project_splice`` has to get right, and the ways to judge what it computes.
 
-``check_exact``: small integers, whose sums are exact in fp32 in any order, so each result is one rounding of the true
-value and has to be equal to it, bit for bit. ``check_error``: normal numbers; the error against fp64 may be at most
-twice that of PyTorch's own operators in the same dtype (the criterion of flash-attention's tests).
+``check_exact``: integers up to 16, whose sums are exact in fp32 in any order (a thousand products stay below 2^24) but
+mostly not in 16 bits, so each result is one rounding of the true value and has to be equal to it, bit for bit.
+``check_error``: normal numbers; the error against fp64 may be at most twice that of PyTorch's own operators in the same
+dtype (the criterion of flash-attention's tests). ``check_offsets``: arrays of more than 2^32 elements.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -16,12 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llava_ds.constants import IMAGE_TOKEN_INDEX
+from llava_ds.constants import IMAGE_ROW, IMAGE_TOKEN_INDEX
+from llava_ds.ops import splice_cuda
 from llava_ds.ops.row_plan import Needs, plan_rows
 from llava_ds.schema import RowPlan
+from tests.helpers.cuda_on_cpu.buffers import sparse_zeros
 from tests.helpers.cuda_on_cpu.runner import EmulatedSplice
 
 NAMES = ("out", "grad_features", "grad_weight", "grad_bias", "grad_table")
+WRONG = "elements are wrong"
 
 
 class Layout(NamedTuple):
@@ -62,6 +67,9 @@ EDGES = (
     Layout("two tiles each way", "i60 t9 i90", 65, 136),
     Layout("many k tiles", "t2 i7", 200, 33),
     Layout("many k tiles of patches", "i300", 9, 12, extra_patches=1),
+    Layout("33 k tiles in 16 bits", "t2 i5", 1056, 24),
+    Layout("33 k tiles of columns in 16 bits", "t2 i5", 8, 1056, has_bias=False),
+    Layout("35 k tiles of patches in 16 bits", "t1 i1100", 9, 12),
     Layout("one token in many rows", "t150 i2", vocabulary=1),
     Layout("few tokens, wide", "t30 i3 p3", 8, 270, vocabulary=2),
     Layout("a rare vocabulary", "t40 i1", vocabulary=500),
@@ -129,7 +137,7 @@ def make_case(layout: Layout, dtype: torch.dtype, vector: bool, integers: bool, 
 
     def numbers(*shape: int, scale: float = 1.0) -> Tensor:
         if integers:
-            return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+            return torch.randint(-16, 17, shape, generator=generator).to(dtype)
         return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
     return Case(
@@ -175,7 +183,7 @@ def check_exact(found: Sequence[Tensor], case: Case) -> None:
     truth = torch_reference(case.as_dtype(torch.float64))
     for name, tensor, true in zip(names_of(case), found, truth, strict=True):
         wrong = (tensor != true.to(tensor.dtype)) | tensor.isnan()
-        assert not wrong.any(), f"{name}: {int(wrong.sum())} of {wrong.numel()} elements are wrong"
+        assert not wrong.any(), f"{name}: {int(wrong.sum())} of {wrong.numel()} {WRONG}"
 
 
 def check_error(found: Sequence[Tensor], case: Case) -> None:
@@ -202,3 +210,50 @@ def check_layout(kernel: EmulatedSplice | ModuleType, layout: Layout, dtype: tor
     check_exact(run(kernel, exact), exact)
     normal = make_case(layout, dtype, vector, integers=False)
     check_error(run(kernel, normal), normal)
+
+
+def check_offsets(kernel: EmulatedSplice, dtype: torch.dtype, vector: bool) -> None:
+    """Raises where a row is lost whose offset in its array has more than 32 bits: of table, output and gradient.
+
+    The last row is that of the one patch, the one before it that of the one token, the last of its vocabulary.
+    """
+    width, vision_width = 2**15, 8
+    num_rows = 2**32 // width + 16
+    patch_row, text_row, token = num_rows - 1, num_rows - 2, num_rows - 3
+    program = kernel.program(dtype, vector)
+    large = partial(sparse_zeros, num_rows, width, dtype)
+
+    def launch(made: splice_cuda.Launch, out: Tensor, *values: Tensor | int | None) -> None:
+        program.launch(made.entry, values, (out,), made.grid, shared_bytes=made.shared_bytes)
+
+    features, weight = torch.full((1, vision_width), 2, dtype=dtype), torch.ones(width, vision_width, dtype=dtype)
+    src, image_rows = torch.full((num_rows,), IMAGE_ROW), torch.tensor([patch_row])
+    src[text_row] = token
+    table, out = large(), large()
+    table[token] = 5
+    sizes = 1, num_rows, vision_width, width, num_rows
+    made = splice_cuda.forward_launch(1, num_rows, width)
+    launch(made, out, features, weight, None, table, src, image_rows, out, *sizes)
+    assert (out[patch_row] == 2 * vision_width).all(), f"out, patch: {WRONG}"
+    assert (out[text_row] == 5).all(), f"out, token: {WRONG}"
+
+    grad, grad_table = large(), large()
+    grad[patch_row], grad[text_row] = 3, 7
+    sizes = 1, vision_width, width
+    grad_features, grad_weight, grad_bias = (torch.full_like(like, torch.nan) for like in (features, weight, grad[0]))
+    made = splice_cuda.grad_features_launch(1, vision_width)
+    launch(made, grad_features, grad, weight, image_rows, grad_features, *sizes)
+    made = splice_cuda.grad_weight_launch(width, vision_width)
+    launch(made, grad_weight, grad, features, image_rows, grad_weight, *sizes)
+    made = splice_cuda.grad_bias_launch(width, dtype.itemsize)
+    launch(made, grad_bias, grad, image_rows, grad_bias, 1, width)
+    made = splice_cuda.grad_table_launch(1, width, dtype.itemsize)
+    tokens = torch.tensor([token]), torch.tensor([0, 1]), torch.tensor([text_row])
+    launch(made, grad_table, grad, *tokens, grad_table, width)
+    for name, found, true in (
+        ("grad_features", grad_features, 3 * width),
+        ("grad_weight", grad_weight, 6),
+        ("grad_bias", grad_bias, 3),
+        ("grad_table", grad_table[token], 7),
+    ):
+        assert (found == true).all(), f"{name}: {WRONG}"

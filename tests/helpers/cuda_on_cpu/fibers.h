@@ -15,6 +15,7 @@ namespace cuda_on_cpu {
 constexpr size_t STACK_BYTES = 32 * 1024;
 constexpr uint64_t STACK_END = 0x5CA1AB1E0DDBA11ull;  // stands where a stack must not reach
 constexpr int NUM_ORDERS = 64;
+constexpr size_t MAX_SHARED_BYTES = 48 * 1024;  // without opting in to more
 
 struct Warp {
     int arrived;  // lanes at the collective
@@ -226,7 +227,17 @@ struct Launch {
     uint64_t seed;
     const Buffer* buffers;
     int num_buffers;
+    double limit_s;  // of CPU time
 };
+
+// Why a GPU would not start this, or null.
+inline const char* why_refused(const Launch& geometry) {
+    const Dim block = geometry.block;
+    const auto threads = static_cast<uint64_t>(block.x) * block.y * block.z;
+    if (threads < 1 || threads > MAX_THREADS) return "a block has 1 to 1024 threads";
+    if (geometry.shared_bytes > MAX_SHARED_BYTES) return "a block has at most 49152 bytes of shared memory";
+    return nullptr;
+}
 
 inline void prepare_launch(void (*kernel)(void*), void* args, const Launch& geometry) {
     scheduler.kernel = kernel;
@@ -242,18 +253,18 @@ inline void prepare_launch(void (*kernel)(void*), void* args, const Launch& geom
     state.block_dim = geometry.block;
     state.error[0] = 0;
     state.epoch = 0;
-    memory.buffers = geometry.buffers;
-    memory.num_buffers = geometry.num_buffers;
+    map_buffers(geometry.buffers, geometry.num_buffers);
     map_shared(geometry.shared_bytes);
 }
 
 // Runs kernel(args) on every thread of the grid, blocks in random order. Null, or the text of the first error.
 inline const char* launch(void (*kernel)(void*), void* args, const Launch& geometry) {
+    if (const char* const reason = why_refused(geometry)) return reason;
     prepare_launch(kernel, args, geometry);
-    if (scheduler.num_threads < 1 || scheduler.num_threads > MAX_THREADS) return "a block has 1 to 1024 threads";
+    if (state.error[0]) return state.error;
     std::vector<unsigned> blocks(geometry.grid.x * geometry.grid.y * geometry.grid.z);
     shuffle(blocks.data(), static_cast<unsigned>(blocks.size()));
-    SignalGuard guard;
+    SignalGuard guard(geometry.limit_s);
     for (const unsigned block : blocks) {
         run_block(block);
         if (state.error[0]) return state.error;

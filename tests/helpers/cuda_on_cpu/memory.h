@@ -1,5 +1,8 @@
 // Memory as a block sees it: shared memory with a shadow that finds races, global buffers, and cp.async.
 //
+// In global memory the rule is stricter than the hardware's: a launch writes each byte of its results once, whichever
+// thread does, and never reads one. Then no order of blocks changes a result.
+//
 // An access is checked where a wrapper function passes it here. Others (raw pointers) meet what surrounds: protected
 // pages after every buffer and around shared memory, and NaN in everything that nobody wrote.
 #pragma once
@@ -24,9 +27,37 @@ struct Shadow {
     short copier = NOBODY;  // the thread whose cp.async is still writing here
 };
 
+// Who wrote each byte of a buffer: 0 nobody, else one more than a thread's number in the grid. Pages appear as they are
+// touched, so that a buffer may be larger than the memory of the machine.
+class Writers {
+public:
+    explicit Writers(size_t bytes) : size_(bytes * sizeof(uint32_t)) {
+        if (!size_) return;
+        constexpr int FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+        void* const mapping = mmap(nullptr, size_, PROT_READ | PROT_WRITE, FLAGS, -1, 0);
+        if (mapping == MAP_FAILED)
+            fail_thread(-1, 0, "no address space to note who writes %zu bytes", bytes);
+        else
+            writers_ = static_cast<uint32_t*>(mapping);
+    }
+
+    Writers(Writers&& other) noexcept : size_(other.size_), writers_(other.writers_) { other.writers_ = nullptr; }
+
+    ~Writers() {
+        if (writers_) munmap(writers_, size_);
+    }
+
+    uint32_t& operator[](size_t byte) { return writers_[byte]; }
+
+private:
+    size_t size_;
+    uint32_t* writers_ = nullptr;
+};
+
 struct Memory {
     const Buffer* buffers = nullptr;
     int num_buffers = 0;
+    std::vector<Writers> writers;  // of each buffer; of none that is read-only
     unsigned char* mapping = nullptr;
     size_t mapped = 0;
     unsigned char* shared = nullptr;
@@ -57,6 +88,13 @@ inline void map_shared(size_t bytes) {
     memory.shared = memory.mapping + PROTECTED + space - round_up(bytes, 128);
 }
 
+inline void map_buffers(const Buffer* buffers, int count) {
+    memory.buffers = buffers;
+    memory.num_buffers = count;
+    memory.writers.clear();
+    for (int i = 0; i < count; ++i) memory.writers.emplace_back(buffers[i].writable ? buffers[i].bytes : 0);
+}
+
 inline void poison_shared() {
     if (memory.shared_bytes) memset(memory.shared, POISON, round_up(memory.shared_bytes, 128));
 }
@@ -78,13 +116,30 @@ inline void check_alignment(const void* pointer, size_t bytes) {
         fail("misaligned access: %zu bytes at %p", bytes, pointer);
 }
 
+// Checks, and remembers, an access to a buffer that the launch writes.
+inline void note_result(int buffer, size_t byte, size_t bytes, bool write) {
+    const unsigned threads = state.block_dim.x * state.block_dim.y * state.block_dim.z;
+    const Dim block = state.block_index, grid = state.grid_dim;
+    const unsigned number = (block.z * grid.y + block.y) * grid.x + block.x;
+    Writers& writers = memory.writers[static_cast<size_t>(buffer)];
+    for (size_t i = byte; i < byte + bytes; ++i) {
+        uint32_t& writer = writers[i];
+        if (writer)
+            fail("race in global memory: %s buffer %d, byte %zu, which thread %u of block %u wrote",
+                 write ? "write to" : "read of", buffer, i, (writer - 1) % threads, (writer - 1) / threads);
+        if (!write) fail("race in global memory: read of buffer %d, byte %zu, which is for results", buffer, i);
+        writer = number * threads + static_cast<unsigned>(state.thread) + 1;
+    }
+}
+
 inline void check_global(const void* pointer, size_t bytes, bool write) {
     const auto byte = static_cast<const unsigned char*>(pointer);
     for (int i = 0; i < memory.num_buffers; ++i) {
         const Buffer& buffer = memory.buffers[i];
         const auto base = static_cast<const unsigned char*>(buffer.base);
         if (byte < base || byte + bytes > base + buffer.bytes) continue;
-        if (write && !buffer.writable) fail("write to read-only buffer %d, byte %td", i, byte - base);
+        if (buffer.writable) return note_result(i, static_cast<size_t>(byte - base), bytes, write);
+        if (write) fail("write to read-only buffer %d, byte %td", i, byte - base);
         return;
     }
     fail("%s out of bounds: %zu bytes at %p lie in no buffer", write ? "write" : "read", bytes, pointer);

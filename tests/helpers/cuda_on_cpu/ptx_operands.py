@@ -12,7 +12,7 @@ SPECIAL_REGISTERS = {f"%{ptx}.{axis}": f"ptx::state.{cpp}.{axis}" for ptx, cpp i
 
 _REGISTERS = re.compile(r"\.reg \.(\w+)\s+%([a-z_]+)<(\d+)>")
 _ADDRESS = re.compile(r"\[(%?\w+)(?:\+(-?\d+))?\]")
-_LITERAL = re.compile(r"-?\d+|0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0x[0-9a-fA-F]+")
+_LITERAL = re.compile(r"-?\d+|0[fF][0-9a-fA-F]{8}|0x[0-9a-fA-F]+")
 
 
 class PtxError(ValueError):
@@ -38,7 +38,7 @@ class Operands:
     def declare(self, text: str) -> None:
         """Takes note of a .reg declaration."""
         match = _REGISTERS.fullmatch(text)
-        if not match or match[1] not in CPP_TYPES or WIDTHS[match[1]] == 8:
+        if not match or match[1] not in CPP_TYPES:
             raise self.error(f"the declaration {text!r}")
         self._declared[match[2]] = match[1], int(match[3])
 
@@ -73,9 +73,11 @@ class Operands:
         return f"{'!' * negated}{CPP_TYPES[kind]}({register[1:]})"
 
     def _literal(self, text: str, kind: str) -> str:
+        if kind == "pred" and text in ("0", "-1"):
+            return "true" if text == "-1" else "false"
         width = WIDTHS[kind]
-        is_float = text[:2].lower() in ("0f", "0d")
-        if kind == "pred" or (is_float and 4 * len(text[2:]) != width) or (kind[0] == "f" and not is_float):
+        is_float = text[:2].lower() == "0f"
+        if kind == "pred" or is_float != (kind == "f32"):
             raise self.error(f"{text} is no .{kind}")
         value = int(text[2:], 16) if is_float else int(text, 0)
         if not -(1 << (width - 1)) <= value < 1 << width:

@@ -6,15 +6,13 @@ from tests.helpers.cuda_on_cpu.ptx_instructions import WIDTHS
 
 HEAD = ".version 8.0\n.target sm_80\n.address_size 64\n.extern .shared .align 128 .b8 memory[];\n"
 
-_KINDS = {"p": "pred", "h": "b16", "r": "b32", "d": "b64", "f": "f32", "e": "f64"}
+_KINDS = {"p": "pred", "h": "b16", "r": "b32", "d": "b64", "f": "f32"}
 _REGISTERS = "".join(f".reg .{kind} \t%{letter}<20>;\n" for letter, kind in _KINDS.items())
 
 
 def letter_of(kind: str) -> str:
-    """Of the registers that hold values of this type; bytes stand in those of 16 bits."""
-    if kind[0] == "f":
-        return {32: "f", 64: "e"}[WIDTHS[kind]]
-    return {1: "p", 8: "h", 16: "h", 32: "r", 64: "d"}[WIDTHS[kind]]
+    """Of the registers that hold values of this type."""
+    return "f" if kind == "f32" else {1: "p", 16: "h", 32: "r", 64: "d"}[WIDTHS[kind]]
 
 
 def entry(name: str, body: str, num_parameters: int = 1) -> str:

@@ -49,10 +49,9 @@ def _kernel(text: str, match: re.Match[str], symbols: Collection[str]) -> str:
 
 def _parameter_type(kind: str, operands: Operands) -> str:
     """Pointers and integers of 64 bits look alike in PTX, and to the runner: both go where a pointer goes."""
-    types = {64: "void*", 32: "int"}
-    if kind[0] == "f" or WIDTHS[kind] not in types:
+    if not re.fullmatch(r"[bsu](32|64)", kind):
         raise operands.error(f"a parameter of type .{kind}")
-    return types[WIDTHS[kind]]
+    return {64: "void*", 32: "int"}[WIDTHS[kind]]
 
 
 def _code(body: str, operands: Operands) -> Iterator[str]:
@@ -87,9 +86,9 @@ def _statement(text: str, operands: Operands) -> str:
 def _instruction(opcode: str, parts: list[str], operands: Operands) -> str:
     if opcode in EXPRESSIONS:
         return _expression(opcode, parts, operands)
-    for pattern, counts, emit in _OPERATIONS:
+    for pattern, count, emit in _OPERATIONS:
         if match := re.fullmatch(pattern, opcode):
-            if len(parts) not in counts:
+            if len(parts) != count:
                 raise operands.error(f"{opcode} with {len(parts)} operands")
             return emit(operands, match, *parts)
     raise operands.error(f"opcode {opcode} is unknown")
@@ -126,22 +125,22 @@ def _load_parameter(operands: Operands, match: re.Match[str], target: str, addre
 
 def _access(operands: Operands, match: re.Match[str], registers: str, address: str) -> tuple[list[str], str, str]:
     """Of a load or store: its registers, address and the arguments of the C++ template."""
-    _, space, count, kind = match.groups()
+    space, count, kind = match.groups()
     if kind not in CPP_TYPES or (not count and "{" in registers):
         raise operands.error(f"{match[0]} of {registers}")
     parts = operands.vector(registers, int(count)) if count else [registers]
-    template = f"<ptx::Space::{(space or 'generic').upper()}, {CPP_TYPES[kind]}, {len(parts)}>"
+    template = f"<ptx::Space::{space.upper()}, {CPP_TYPES[kind]}, {len(parts)}>"
     return parts, operands.address(address, space), template
 
 
 def _load(operands: Operands, match: re.Match[str], registers: str, address: str) -> str:
     parts, where, template = _access(operands, match, registers, address)
-    return _spread(operands, match[4], parts, f"ptx::load{template}({where}, {operands.line})")
+    return _spread(operands, match[3], parts, f"ptx::load{template}({where}, {operands.line})")
 
 
 def _store(operands: Operands, match: re.Match[str], address: str, registers: str) -> str:
     parts, where, template = _access(operands, match, registers, address)
-    values = ", ".join(operands.source(part, match[4], narrower=True) for part in parts)
+    values = ", ".join(operands.source(part, match[3], narrower=True) for part in parts)
     return f"ptx::store{template}({where}, {{{values}}}, {operands.line});"
 
 
@@ -173,9 +172,7 @@ def _barrier(operands: Operands, match: re.Match[str], number: str) -> str:
     return f"ptx::barrier({operands.line});"
 
 
-def _copy(
-    operands: Operands, match: re.Match[str], shared: str, source: str, num_bytes: str, num_read: str = "16"
-) -> str:
+def _copy(operands: Operands, match: re.Match[str], shared: str, source: str, num_bytes: str, num_read: str) -> str:
     if num_bytes != "16":
         raise operands.error(f"cp.async.cg of {num_bytes} bytes: it copies 16")
     places = operands.address(shared, "shared"), operands.address(source, "global")
@@ -207,20 +204,19 @@ def _mma(operands: Operands, match: re.Match[str], target: str, a: str, b: str, 
     return _spread(operands, "f32", operands.vector(target, 4), call)
 
 
-_OPERATIONS: tuple[tuple[str, tuple[int, ...], Callable[..., str]], ...] = (
-    (r"mov\.(pred|[bsu](?:16|32|64)|f32|f64)", (2,), _mov),
-    (r"ld\.param\.([bsu](?:32|64))", (2,), _load_parameter),
-    (r"(ld)\.(global)\.nc(?:\.v([24]))?\.([busf]\d+)", (2,), _load),
-    (r"(ld)(?:\.(global|shared))?(?:\.v([24]))?\.([busf]\d+)", (2,), _load),
-    (r"(st)(?:\.(global|shared))?(?:\.v([24]))?\.([busf]\d+)", (2,), _store),
-    (r"bra(?:\.uni)?", (1,), _branch),
-    (r"ret|exit", (0,), _return),
-    (r"trap", (0,), _trap),
-    (r"bar\.sync", (1,), _barrier),
-    (r"cp\.async\.cg\.shared\.global", (3, 4), _copy),
-    (r"cp\.async\.commit_group", (0,), _commit),
-    (r"cp\.async\.wait_group", (1,), _wait),
-    (r"ldmatrix\.sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16", (2,), _ldmatrix),
-    (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32", (4,), _mma),
+_OPERATIONS: tuple[tuple[str, int, Callable[..., str]], ...] = (
+    (r"mov\.(pred|[bsu](?:16|32|64)|f32)", 2, _mov),
+    (r"ld\.param\.([bsu](?:32|64))", 2, _load_parameter),
+    (r"ld\.(global|shared)(?:\.v([24]))?\.([busf]\d+)", 2, _load),
+    (r"st\.(global|shared)(?:\.v([24]))?\.([busf]\d+)", 2, _store),
+    (r"bra(?:\.uni)?", 1, _branch),
+    (r"ret", 0, _return),
+    (r"trap", 0, _trap),
+    (r"bar\.sync", 1, _barrier),
+    (r"cp\.async\.cg\.shared\.global", 4, _copy),
+    (r"cp\.async\.commit_group", 0, _commit),
+    (r"cp\.async\.wait_group", 1, _wait),
+    (r"ldmatrix\.sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16", 2, _ldmatrix),
+    (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32", 4, _mma),
 )
 """By opcode: how many operands it has, and what makes C++ of them."""

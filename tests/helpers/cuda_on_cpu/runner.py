@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import re
+import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,6 +31,7 @@ from tests.helpers.cuda_on_cpu.buffers import GuardedBuffer
 HEADERS = Path(__file__).parent
 KERNEL = Path(splice_cuda.__file__).parent / "kernels" / "project_splice.cu"
 COMPILER = os.environ.get("CXX", "g++")
+COMPILER_COMMAND = shlex.split(COMPILER)
 FLAGS = "-std=c++17 -march=native -fPIC -shared -fvisibility=hidden -Wno-unknown-pragmas".split()
 CHECKS = (
     "-fsanitize=bounds,shift,signed-integer-overflow,integer-divide-by-zero,alignment",
@@ -35,7 +40,23 @@ CHECKS = (
 """What the compiler adds to the emulation's checks, for a few percent of the time."""
 OPTIONS = ("-O1", *CHECKS)
 DTYPES = splice_cuda.DTYPE_MACROS
+LIMIT_S = 60.0
+"""CPU time of a launch; those of the tests take a few seconds at most."""
 Argument = Tensor | int | ctypes.c_longlong | None
+
+
+@functools.cache
+def why_no_compiler() -> str | None:
+    """Why nothing can be compiled here, or None where it can."""
+    if not COMPILER_COMMAND or shutil.which(COMPILER_COMMAND[0]) is None:
+        return f"no C++ compiler {COMPILER!r}"
+    command = [*COMPILER_COMMAND, *FLAGS, "-fsyntax-only", "-x", "c++", "-"]
+    done = subprocess.run(command, input="_Float16 half = 1;", capture_output=True, text=True)
+    return f"{COMPILER} does not compile _Float16; g++ 12 does" if done.returncode else None
+
+
+needs_compiler = pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
+"""Of every test that runs a kernel on the CPU."""
 
 
 class KernelError(RuntimeError):
@@ -54,6 +75,7 @@ class _Launch(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("buffers", ctypes.POINTER(_Buffer)),
         ("num_buffers", ctypes.c_int),
+        ("limit_s", ctypes.c_double),
     ]
 
 
@@ -68,14 +90,15 @@ def compile_source(source: str, folder: Path, dtype: torch.dtype, vector: bool, 
     entries = re.findall(r'extern "C" __global__ void (?:\w+(?:\([^()]*\))? )?(\w+)\(', source)
     text = f'#line 1 "kernel.cu"\n{source}\n' + "".join(f"CUDA_ON_CPU_ENTRY({name})\n" for name in entries)
     macros = [f"-DSPLICE_DTYPE={DTYPES[dtype]}", f"-DSPLICE_VECTOR={int(vector)}", "-DCUDA_ON_CPU"]
-    command = [COMPILER, *FLAGS, *(options or OPTIONS), *macros, "-include", str(HEADERS / "shim.h"), "-x", "c++"]
+    flags = [*FLAGS, *(options or OPTIONS), *macros]
+    command = [*COMPILER_COMMAND, *flags, "-include", str(HEADERS / "shim.h"), "-x", "c++"]
     headers = "".join(path.read_text() for path in sorted(HEADERS.glob("*.h")))
     name = hashlib.sha256("\0".join([*command, headers, text]).encode()).hexdigest()[:24]
     library = folder / f"{name}.so"
     if not library.exists():
-        part = folder / f"{name}.{os.getpid()}"
-        part.with_suffix(".cc").write_text(text)
-        done = subprocess.run([*command, str(part.with_suffix(".cc")), "-o", str(part)], capture_output=True, text=True)
+        code, part = (folder / f"{name}.{os.getpid()}.{suffix}" for suffix in ("cc", "part"))
+        code.write_text(text)
+        done = subprocess.run([*command, str(code), "-o", str(part)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{COMPILER} does not compile the source:\n{done.stderr}")
         part.rename(library)
@@ -97,8 +120,11 @@ class Program:
         block: Sequence[int] = (splice_cuda.BLOCK,),
         shared_bytes: int = 0,
         seed: int = 0,
+        limit_s: float = LIMIT_S,
     ) -> None:
         """Runs the kernel ``entry`` on copies of the tensors; those of ``written`` are brought back.
+
+        Of these the kernel must write each byte once at most, and read none.
 
         Raises:
             KernelError: a check of the emulation failed.
@@ -114,7 +140,7 @@ class Program:
         arguments = (ctypes.c_void_p * len(typed))(*(ctypes.addressof(value) for value in typed))
         described = [_Buffer(buffer.address, buffer.num_bytes, buffer.writable) for buffer in buffers.values()]
         table = (_Buffer * len(described))(*described)
-        geometry = _Launch(_three(grid), _three(block), shared_bytes, seed, table, len(table))
+        geometry = _Launch(_three(grid), _three(block), shared_bytes, seed, table, len(table), limit_s)
         launch = self._library[f"launch_{entry}"]
         launch.restype = ctypes.c_char_p
         error = launch(arguments, ctypes.byref(geometry))

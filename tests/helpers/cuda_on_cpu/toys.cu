@@ -88,7 +88,7 @@ extern "C" __global__ void touch(float* in, float* out, int what, int place) {
     case 2: out[0] = in[place]; break;
     case 3: out[place] = 1.f; break;
     case 4: in[place] = 1.f; break;
-    case 5: store16(in + place, load16(out)); break;
+    case 5: store16(in + place, Chunk16{0, 0, 0, 0}); break;
     case 6: out[0] = shared[place]; break;
     case 7: store16(out, load16(shared + place)); break;
     case 8: cp_async16(shared + place, in, true); break;
@@ -99,6 +99,20 @@ extern "C" __global__ void touch(float* in, float* out, int what, int place) {
     case 13: out[0] = static_cast<int>(threadIdx.x) + place + 2147483000; break;
     case 14: out[0] = local[place]; break;
     }
+}
+
+// mode 0: right; 1: a block writes what another one writes; 2: a thread reads what it wrote; 3: what nobody writes
+extern "C" __global__ void write_once(float* out, int mode) {
+    const int block = mode == 1 ? 0 : blockIdx.x;
+    float* own = out + (block * blockDim.x + threadIdx.x) * 4;
+    if (mode != 3) store16(own, Chunk16{1, 2, 3, 4});
+    if (mode >= 2) load16(own);
+}
+
+// mode 0: a thread does not end; 1: the block does not, from barrier to barrier
+extern "C" __global__ void endless(int mode) {
+    for (volatile unsigned i = 0; i < 10 || mode < 2; i = i + 1)
+        if (mode == 1) barrier();
 }
 
 // mode 0: right; 1: a thread ends; 2: a warp waits at another barrier; 3: lanes of a warp do
