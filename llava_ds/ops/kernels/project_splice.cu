@@ -499,37 +499,39 @@ extern "C" __global__ void SPLICE_BOUNDS splice_grad_weight(const Element* grad,
                                 Output{grad_weight, nullptr, nullptr, D, C, D}, M, blockIdx.x);
 }
 
-// Adds the rows of `sums` [num_rows, columns] in pairs until the first row is the sum of all.
-__device__ __forceinline__ void sum_rows(float* sums, int num_rows, int columns, int row, int column) {
+__device__ __forceinline__ void add_chunk(float (&total)[VEC], const Element* global, int left) {
+    float values[VEC];
+    load_floats(values, global, left);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) total[i] += values[i];
+}
+
+// Adds the totals of the threads of each column, in pairs of rows through shared memory; row 0 gets the sum.
+__device__ __forceinline__ void sum_rows(float (&total)[VEC], int num_rows, int columns, int row, int column) {
+    float* const sums = reinterpret_cast<float*>(shared_memory());
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) sums[row * columns + column + i] = total[i];
     for (int half = num_rows / 2; half > 0; half /= 2) {
         barrier();
         if (row < half)
 #pragma unroll
             for (int i = 0; i < VEC; ++i) sums[row * columns + column + i] += sums[(row + half) * columns + column + i];
     }
+    if (row) return;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) total[i] = sums[column + i];
 }
 
 // grad_bias [D]: the sum of the image rows of grad [R, D]. A block sums 4 chunks of columns, 64 rows at a time.
 extern "C" __global__ void __launch_bounds__(256) splice_grad_bias(const Element* grad, const Index* image_rows,
                                                                    Element* grad_bias, int M, int D) {
     constexpr int COLUMNS = 4 * VEC, LANES = THREADS / 4;
-    float* const sums = reinterpret_cast<float*>(shared_memory());
     const int row = threadIdx.x / 4, column = threadIdx.x % 4 * VEC;
     const int first = blockIdx.x * COLUMNS + column;
     float total[VEC] = {};
-    for (int m = row; m < M; m += LANES) {
-        float values[VEC];
-        load_floats(values, grad + image_rows[m] * D + first, D - first);
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) total[i] += values[i];
-    }
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) sums[row * COLUMNS + column + i] = total[i];
-    sum_rows(sums, LANES, COLUMNS, row, column);
-    if (row) return;
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) total[i] = sums[column + i];
-    store_floats(grad_bias + first, total, D - first);
+    for (int m = row; m < M; m += LANES) add_chunk(total, grad + image_rows[m] * D + first, D - first);
+    sum_rows(total, LANES, COLUMNS, row, column);
+    if (row == 0) store_floats(grad_bias + first, total, D - first);
 }
 
 // grad_table [V, D], zeros before: row token_ids[u] is the sum of the rows of grad that hold that token. Block (u, slice)
@@ -538,24 +540,11 @@ extern "C" __global__ void __launch_bounds__(256) splice_grad_table(const Elemen
                                                                     const Index* token_starts, const Index* token_rows,
                                                                     Element* grad_table, int D) {
     constexpr int COLUMNS = 32 * VEC, LANES = THREADS / 32;
-    float* const sums = reinterpret_cast<float*>(shared_memory());
     const int row = threadIdx.x / 32, column = threadIdx.x % 32 * VEC;
     const int first = blockIdx.y * COLUMNS + column;
     const Index start = token_starts[blockIdx.x], end = token_starts[blockIdx.x + 1];
     float total[VEC] = {};
-    for (Index n = start + row; n < end; n += LANES) {
-        float values[VEC];
-        load_floats(values, grad + token_rows[n] * D + first, D - first);
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) total[i] += values[i];
-    }
-    if (end - start > 1) {  // most tokens stand in one row
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) sums[row * COLUMNS + column + i] = total[i];
-        sum_rows(sums, LANES, COLUMNS, row, column);
-        if (row) return;
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) total[i] = sums[column + i];
-    }
+    for (Index n = start + row; n < end; n += LANES) add_chunk(total, grad + token_rows[n] * D + first, D - first);
+    if (end - start > 1) sum_rows(total, LANES, COLUMNS, row, column);  // most tokens stand in one row
     if (row == 0) store_floats(grad_table + token_ids[blockIdx.x] * D + first, total, D - first);
 }
