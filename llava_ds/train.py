@@ -59,17 +59,9 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     from llava_ds.engine.optim import build_optimizer, build_scheduler
     from llava_ds.engine.run_record import check_run_dir, finish_run, start_run
     from llava_ds.engine.saving import save_step
-    from llava_ds.engine.setup import agree_on_backend, build_trackers, load_initial_weights, select_device
+    from llava_ds.engine.setup import build_trackers, load_initial_weights, resolve_backends, select_device
     from llava_ds.metrics.trackers import check_trackers
-    from llava_ds.models.build import (
-        DTYPES,
-        build_model,
-        llm_hidden_size,
-        load_tokenizer,
-        resolve_attention,
-        resolve_packing,
-        resolve_splice,
-    )
+    from llava_ds.models.build import DTYPES, build_model, llm_hidden_size, load_tokenizer
     from llava_ds.models.freezing import apply_freezing
 
     started = time.time()
@@ -82,22 +74,20 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     if config.prepare:
         config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, ranks)))
     check_inputs(config)
-    dtype = DTYPES[config.train.precision]
-    attention = resolve_attention(config.model.attn_implementation, device, dtype)
-    packing = resolve_packing(config.data.packing, attention)
-    splice = agree_on_backend(resolve_splice(config.model.splice, config.model.projector, device, dtype), ranks)
+    backends = resolve_backends(config, device, ranks)
     fill_bucket_sizes(ds_config, llm_hidden_size(config.model.llm))
 
     partitioned = backend.hold_partitioned_construction(ds_config)  # alive until the run ends
     tokenizer = load_tokenizer(config.model.llm)
-    model = build_model(config.model, attention.name, dtype, config.seed, fused=splice.name == "fused")
+    dtype, fused = DTYPES[config.train.precision], backends["splice"].name == "fused"
+    model = build_model(config.model, backends["attention"].name, dtype, config.seed, fused)
     initial_weights = load_initial_weights(model, config.model.init_from, run_dir, ranks)
     apply_freezing(model, config.train.trainable)
     model.vision_tower.to(device)
 
     data = build_training_data(
         config,
-        packing.name,
+        backends["packing"].name,
         tokenizer,
         ImageTransform.for_tower(model.vision_tower.spec, config.data.image_aspect_ratio),
         (model.vision_tower.spec.num_patches, model.vision_tower.spec.width),
@@ -109,7 +99,6 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     scheduler = build_scheduler(optimizer, config.train, data.plan.num_steps)
     engine = backend.initialize_engine(model, optimizer, scheduler, ds_config)
 
-    backends = {"attention": attention, "packing": packing, "splice": splice}
     lock = start_run(run_dir, config, ds_config, model, backends, initial_weights, data, ranks)
     settings = LoopSettings(
         ranks, data.plan.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps,

@@ -15,7 +15,7 @@ from llava_ds.engine.deepspeed_backend import load_full_parameter
 from llava_ds.engine.loop import Tracker
 from llava_ds.errors import ConfigError
 from llava_ds.metrics.trackers import EXTRA_TRACKERS, JsonlTracker, ProgressBar
-from llava_ds.models.build import Backend
+from llava_ds.models.build import DTYPES, Backend, resolve_attention, resolve_packing, resolve_splice
 
 
 def select_device(ranks: Ranks) -> torch.device:
@@ -50,6 +50,18 @@ def build_trackers(run_dir: Path, num_steps: int, config: RunConfig, ranks: Rank
         return []
     extra = [EXTRA_TRACKERS[name](run_dir, config.name) for name in config.track]
     return [ProgressBar(num_steps, config.name), JsonlTracker(run_dir / "metrics.jsonl"), *extra]
+
+
+def resolve_backends(config: RunConfig, device: torch.device, ranks: Ranks) -> dict[str, Backend]:
+    """What does attention, packing and splice in this run, by these names; the same on every rank."""
+    dtype = DTYPES[config.train.precision]
+    attention = resolve_attention(config.model.attn_implementation, device, dtype)
+    splice = resolve_splice(config.model.splice, config.model.projector, device, dtype)
+    return {
+        "attention": attention,
+        "packing": resolve_packing(config.data.packing, attention),
+        "splice": agree_on_backend(splice, ranks),
+    }
 
 
 def agree_on_backend(backend: Backend, ranks: Ranks) -> Backend:

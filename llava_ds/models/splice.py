@@ -67,7 +67,7 @@ class Splice(nn.Module):
         if not _is_plain(linear, nn.Linear):
             raise TypeError(
                 f"the projector's last layer must be an nn.Linear without hooks or wrappers, not {linear}: "
-                "its weight is read, and it is never called"
+                "its weight is read, and it is never called. Change a layer before it, or take the hook off."
             )
         return linear, model.llm.get_input_embeddings()
 
