@@ -146,6 +146,18 @@ def test_16_bit_sums_are_caught(dtype):
     assert "gradient of bias is off by" in check_implementation(_changed(bias=summed), CPU, dtype)
 
 
+def test_an_error_below_one_rounding_is_caught_by_whole_numbers():
+    """Sums that are off by 0.1 % before they are rounded to bf16, by 0.4 %, stay within twice PyTorch's error."""
+
+    def scaled(_, arguments):
+        upstream, features, _, _, plan, _ = arguments
+        total = upstream[plan.image_rows].double().T @ features[: len(plan.image_rows)].double()
+        return (total * 1.001).to(upstream.dtype)
+
+    failure = check_implementation(_changed(weight=scaled), CPU, torch.bfloat16)
+    assert "gradient of weight of whole numbers is not exact" in str(failure)
+
+
 def test_arguments_have_the_types_of_the_kernel():
     tensor = torch.ones(3)
     found = [splice_cuda._argument(value) for value in (tensor, None, -3, ctypes.c_longlong(2**40))]
