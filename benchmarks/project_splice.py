@@ -301,8 +301,8 @@ def judge(figures: dict[str, Any]) -> dict[str, str]:
     """Each bar, by name: met or not, with the figure that decides."""
     verdicts = {}
     for (table, peer), bar in BARS.items():
-        times = figures[f"float32_{table}_{peer}_over_ours_wall"]
-        verdicts[f"bar_{table}_{peer}"] = f"{times} times as fast, bar {bar}: {met(times >= bar)}"
+        ratio = figures[f"float32_{table}_{peer}_over_ours_wall"]
+        verdicts[f"bar_{table}_{peer}"] = f"{ratio} times as fast, bar {bar}: {met(ratio >= bar)}"
     share = figures["float32_frozen_ours_peak_mib"] / figures[f"float32_frozen_{OFFICIAL}_peak_mib"]
     verdicts["bar_memory"] = f"{share:.2f} of the official peak, bar {MEMORY_BAR}: {met(share <= MEMORY_BAR)}"
     return verdicts

@@ -1,7 +1,7 @@
 """The fused kernel's check of itself on the user's device, before it is used there.
 
-Compilers, drivers and devices are many, and a wrong kernel would spoil a training run without an error. A few small
-layouts, in well under a second, are judged against fp64, with the library's calls in the same dtype as the measure.
+Compilers, drivers and devices are many, and a wrong kernel would spoil a training run without an error. A few layouts
+are judged against fp64, with the library's calls in the same dtype as the measure.
 """
 
 from __future__ import annotations
