@@ -27,7 +27,14 @@ class DataError(ValueError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, unfinished, damaged or does not fit the model."""
+    """A checkpoint is missing, unfinished, damaged or does not fit the model.
+
+    ``on_every_rank``: all ranks raise it together, so one may say it for all.
+    """
+
+    def __init__(self, message: str, on_every_rank: bool = False) -> None:
+        super().__init__(message)
+        self.on_every_rank = on_every_rank
 
 
 class BackendUnavailableError(RuntimeError):

@@ -1,4 +1,4 @@
-"""A whole model from a run or a merged folder, in one process."""
+"""A whole model in memory, in one process, from a run or from any layout that is read here."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, GenerationConfig
 
-from llava_ds.checkpoint.keymap import from_llava_hf
-from llava_ds.checkpoint.layout import reading, resolve_step
-from llava_ds.checkpoint.trained import apply_trained, locate_trained, read_run
-from llava_ds.config import ModelConfig
+from llava_ds.checkpoint.formats.original import read_original
+from llava_ds.checkpoint.formats.transformers import USUAL_TEMPLATE, read_transformers
+from llava_ds.checkpoint.keymap import LLM, strip_prefix
+from llava_ds.checkpoint.layout import read_run, reading, resolve_step
+from llava_ds.checkpoint.lazy import PIECE_ELEMENTS
+from llava_ds.checkpoint.recognise import MERGED_FILE, recognise_layout
+from llava_ds.checkpoint.runs import Log, open_run, say
+from llava_ds.checkpoint.stored_model import StoredModel
+from llava_ds.checkpoint.writer import write_sharded
 from llava_ds.constants import COMPLETE_MARKER
 from llava_ds.errors import CheckpointError
-from llava_ds.models.build import DTYPES, build_llm_from_config, build_model, load_tokenizer
+from llava_ds.models.build import DTYPES, build_empty_llm
 from llava_ds.models.llava import Llava
 from llava_ds.models.projector import build_projector
-from llava_ds.models.vision_tower import TowerSpec, build_tower_from_spec
+from llava_ds.models.vision_tower import build_tower_from_spec
 
-MERGED_FILE = "llava_ds.json"
+_LLM_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -34,77 +40,117 @@ class LoadedModel:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint step or merged folder that ``path`` names; nothing is loaded.
+    """The checkpoint step or the folder of another layout that ``path`` names; nothing is loaded.
 
     Raises CheckpointError when there is none, or it is not complete.
     """
-    if not (path / MERGED_FILE).is_file():
+    layout = recognise_layout(path)
+    if layout == "llava_ds":
         return resolve_step(path)
-    if not (path / COMPLETE_MARKER).is_file():
+    if layout == "projector":
+        raise CheckpointError(f"{path} is a projector alone; start a run from it (model.init_from), then use the run")
+    if (path / MERGED_FILE).is_file() and not (path / COMPLETE_MARKER).is_file():
         raise CheckpointError(f"{path} is not complete (no {COMPLETE_MARKER}); merge again")
     return path
 
 
-def stored_dtype(path: Path) -> torch.dtype:
-    """The precision that a run was trained in, or that a merged folder holds.
+def open_model(path: Path, template: str | None = None, log: Log = say) -> StoredModel:
+    """The model at ``path``, whichever layout it is in, none of its weights in memory.
 
-    Raises CheckpointError when there is no complete checkpoint.
-    """
-    step = find_checkpoint(path)
-    if not (step / MERGED_FILE).is_file():
-        return DTYPES[read_run(step)["config"]["train"]["precision"]]
-    with reading(step / "config.json") as file:
-        return getattr(torch, json.loads(file.read_text())["dtype"])
-
-
-def load_model(path: Path, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """The model of a run folder, a checkpoint step or a merged folder.
+    ``template`` is for a folder that does not say how its model was trained.
 
     Raises CheckpointError when there is none, it is not complete, or something does not fit.
     """
-    step = find_checkpoint(path)
-    if (step / MERGED_FILE).is_file():
-        return _load_merged(step, attn_implementation, dtype)
-    config = read_run(step)["config"]
-    model_config = ModelConfig.model_validate(config["model"])
-    model = build_model(model_config, attn_implementation, dtype, config["seed"])
-    apply_trained(model, locate_trained(step), _copy)
-    tokenizer = load_tokenizer(model_config.llm)
-    return LoadedModel(
-        model.eval(), tokenizer, config["data"]["template"], config["data"]["image_aspect_ratio"]
-    )
+    folder, layout = find_checkpoint(path), recognise_layout(path)
+    if layout == "llava_ds":
+        return open_run(folder, log=log)
+    if layout == "transformers":
+        return read_transformers(folder, template, log)
+    with reading(folder / "config.json") as file:
+        says_template = "template" in json.loads(file.read_text()).get("llava_ds", {})
+    if template is None and not says_template:
+        log(f"{folder} does not say which template it was trained with: {USUAL_TEMPLATE} is taken, LLaVA-1.5's")
+        template = USUAL_TEMPLATE
+    return read_original(folder, template)
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The precision that a run was trained in, or that a folder of another layout holds.
+
+    Raises CheckpointError when there is no complete checkpoint.
+    """
+    folder = find_checkpoint(path)
+    if recognise_layout(folder) == "llava_ds":
+        return DTYPES[read_run(folder)["config"]["train"]["precision"]]
+    with reading(folder / "config.json") as file:
+        raw = json.loads(file.read_text())
+        return getattr(torch, raw.get("dtype") or raw["torch_dtype"])
+
+
+def load_model(path: Path, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """The model of a run folder, a checkpoint step, a merged folder, or of another's LLaVA.
+
+    Raises CheckpointError when there is none, it is not complete, or something does not fit.
+    """
+    return assemble(open_model(path), attn_implementation, dtype)
+
+
+def assemble(stored: StoredModel, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """A stored model in memory, its weights copied piece by piece into their places.
+
+    Raises CheckpointError that lists what is missing, unknown, or of another shape.
+    """
+    tower = build_tower_from_spec(stored.tower, stored.select_layer).to(dtype)
+    llm = build_empty_llm(stored.text_config, attn_implementation, dtype)
+    width = llm.config.get_text_config().hidden_size
+    projector = build_projector(stored.projector, tower.spec.width, width, seed=0).to(dtype)
+    model = Llava(tower, projector, llm, zero_features=stored.zero_features)
+    _fill(model, stored)
+    return LoadedModel(model.eval(), stored.tokenizer, stored.template, stored.image_aspect_ratio)
+
+
+def _fill(model: Llava, stored: StoredModel) -> None:
+    places = model.state_dict(keep_vars=True)
+    filled = {id(places[name]) for name in stored.weights if name in places}
+    problems = [f"{name}: is missing" for name, place in places.items() if id(place) not in filled]
+    for name, tensor in stored.weights.items():
+        if name not in places:
+            problems.append(f"{name}: the model has no such weight")
+        elif tuple(places[name].shape) != tensor.shape:
+            problems.append(f"{name}: {tensor.shape} in {tensor.origin}, {tuple(places[name].shape)} in the model")
+    if problems:
+        raise CheckpointError("the weights do not fit the model:\n  " + "\n  ".join(problems[:20]))
+    with torch.no_grad():
+        for name, tensor in stored.weights.items():
+            place = places[name].view(-1)
+            for number, piece in enumerate(tensor.pieces()):
+                start = number * PIECE_ELEMENTS
+                place[start : start + len(piece)].copy_(piece)
 
 
 def export_llm(run: Path, out: Path) -> None:
-    """Writes the LLM of a run as a transformers folder with its tokenizer."""
-    loaded = load_model(run)
-    loaded.model.llm.save_pretrained(out)
-    loaded.tokenizer.save_pretrained(out)
+    """Writes the LLM of a run as a transformers folder with its tokenizer, in fp32.
+
+    Raises CheckpointError when there is no complete checkpoint, or the folder cannot be written.
+    """
+    stored = open_run(run, parts=("llm",))
+    out.mkdir(parents=True, exist_ok=True)
+    weights = strip_prefix(stored.weights, LLM)
+    config = AutoConfig.for_model(**stored.text_config | {"dtype": "float32"})
+    config.save_pretrained(out)
+    stored.tokenizer.save_pretrained(out)
+    _generation_config(Path(read_run(resolve_step(run))["sources"]["llm"]["folder"]), config).save_pretrained(out)
+    write_sharded(out, [(name, value.cast(torch.float32)) for name, value in weights.items()], _LLM_SHARD_BYTES)
 
 
-def _load_merged(path: Path, attn_implementation: str, dtype: torch.dtype) -> LoadedModel:
-    with reading(path / MERGED_FILE) as file:
-        facts = json.loads(file.read_text())
-    with reading(path / "config.json") as file:
-        hf_config = json.loads(file.read_text())
-    tower = build_tower_from_spec(TowerSpec.from_dict(facts["tower"]), facts["select_layer"]).to(dtype)
-    llm = build_llm_from_config(hf_config["text_config"], attn_implementation, dtype)
-    width = llm.config.get_text_config().hidden_size
-    projector = build_projector(facts["projector"], tower.spec.width, width, seed=0).to(dtype)
-    model = Llava(tower, projector, llm, zero_features=facts["zero_features"])
-    with reading(path / "model.safetensors") as file:
-        weights = from_llava_hf(file, facts["projector"], facts["projector_export"], tower.spec.width)
-    result = model.load_state_dict(weights, strict=False)
-    tied = {"llm.lm_head.weight"} if llm.config.get_text_config().tie_word_embeddings else set()
-    missing = set(result.missing_keys) - tied
-    if missing or result.unexpected_keys:
-        raise CheckpointError(
-            f"{path} does not fit its own {MERGED_FILE}: missing {sorted(missing)}, "
-            f"unexpected {result.unexpected_keys}; merge again"
-        )
-    return LoadedModel(model.eval(), load_tokenizer(str(path)), facts["template"], facts["image_aspect_ratio"])
+def _generation_config(folder: Path, config: Any) -> GenerationConfig:
+    """The LLM's own settings, where they are valid: Vicuna's are not, and transformers would refuse to save them."""
+    try:
+        settings = GenerationConfig.from_pretrained(folder)
+        settings.validate(strict=True)
+    except (OSError, ValueError):
+        return GenerationConfig(**{key: getattr(config, key, None) for key in _STOP_KEYS})
+    return settings
 
 
-def _copy(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-    with torch.no_grad():
-        parameter.copy_(value)
+_STOP_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")

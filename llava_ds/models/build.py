@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from llava_ds.config import ModelConfig
@@ -133,6 +137,72 @@ def _find_file(name: str, file: str) -> Path | None:
     return Path(found) if found else None
 
 
+def llm_folder(name: str) -> Path:
+    """Where the files of an LLM lie: the folder itself, or the snapshot of a hub name that was downloaded.
+
+    Raises ConfigError when there is none.
+    """
+    file = _find_file(name, "config.json")
+    if file is None:
+        raise ConfigError(f"model.llm={name!r} has no config.json; give a transformers folder or name")
+    return file.parent.absolute()
+
+
+def read_text_config(folder: Path) -> dict[str, Any]:
+    """The config of a folder's LLM as plain data. Raises ConfigError when it cannot be read."""
+    try:
+        return dict(AutoConfig.from_pretrained(folder).get_text_config().to_dict())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the LLM of {folder} cannot be read: {error}\n  Give a transformers folder.") from error
+
+
+@contextmanager
+def on_one_rank() -> Iterator[None]:
+    """Models that are built here are not partitioned over the ranks, whether ZeRO-3 is on or not."""
+    held = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = held
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Models that are built here have shapes but no weights, on this rank alone."""
+    with on_one_rank(), torch.device("meta"):
+        yield
+
+
+@dataclass(frozen=True)
+class LlmLayout:
+    """Names and shapes of a causal LM's weights in memory; a tied one stands once.
+
+    ``word_tables`` are the names of those with one row for each word.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    word_tables: frozenset[str]
+
+
+def describe_llm(raw: dict[str, Any]) -> LlmLayout:
+    """What the causal LM of a transformers config as plain data holds; nothing is allocated."""
+    with without_memory():
+        llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
+    llm.tie_weights()
+    values = llm.state_dict(keep_vars=True)
+    names: dict[int, str] = {}  # the first name of each: a tied one has two
+    for name, value in values.items():
+        names.setdefault(id(value), name)
+    tables = [
+        value for module in (llm.get_input_embeddings(), llm.get_output_embeddings()) if module is not None
+        for value in module.parameters()
+    ]
+    return LlmLayout(
+        {name: tuple(values[name].shape) for name in names.values()}, frozenset(names[id(table)] for table in tables)
+    )
+
+
 def build_llm(config: ModelConfig, attn_implementation: str, dtype: torch.dtype, seed: int) -> Any:
     """The causal LM, pretrained or random.
 
@@ -171,6 +241,17 @@ def build_llm_from_config(raw: dict[str, Any], attn_implementation: str, dtype: 
     """A causal LM of a transformers config as plain data, its weights to be loaded by the caller."""
     config = AutoConfig.for_model(**raw)
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+
+
+def build_empty_llm(raw: dict[str, Any], attn_implementation: str, dtype: torch.dtype) -> Any:
+    """As ``build_llm_from_config``, without the minutes that random numbers for billions of weights take.
+
+    What is in its weights is undefined.
+    """
+    with no_init_weights():
+        llm = build_llm_from_config(raw, attn_implementation, dtype)
+    llm.tie_weights()
+    return llm
 
 
 def llm_hidden_size(name: str) -> int:

@@ -169,14 +169,62 @@ def build_tower_from_spec(spec: TowerSpec, select_layer: int) -> VisionTower:
     return VisionTower(visual, spec, select_layer)
 
 
-def _tower_from_folder(folder: Path, select_layer: int) -> VisionTower:
-    config_file, weights_file = folder / TOWER_CONFIG_FILE, folder / "model.safetensors"
-    missing = [str(file) for file in (config_file, weights_file) if not file.is_file()]
+def tower_shapes(spec: TowerSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a tower's weights; nothing is allocated."""
+    with torch.device("meta"):
+        tower = build_tower_from_spec(spec, -1)
+    return {name: tuple(value.shape) for name, value in tower.state_dict().items()}
+
+
+def tower_files(name: str, pretrained: str | None) -> list[Path]:
+    """The files that ``build_tower`` reads; none for a random tower. A tag's file is downloaded where it is not yet.
+
+    Raises CheckpointError when it cannot be.
+    """
+    if Path(name).is_dir():
+        return [Path(name) / TOWER_CONFIG_FILE, Path(name) / "model.safetensors"]
+    if pretrained is None:
+        return []
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if not tag:
+        return [Path(pretrained)]
+    try:
+        return [Path(open_clip.download_pretrained(tag))]
+    except (RuntimeError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"model.vision_pretrained={pretrained!r} of {name} is not here and cannot be fetched: {error}"
+        ) from error
+
+
+def read_tower_spec(folder: Path) -> TowerSpec:
+    """What the tower of a folder is. Raises CheckpointError when the folder is incomplete or its config is broken."""
+    config_file = folder / TOWER_CONFIG_FILE
+    missing = [str(file) for file in (config_file, folder / "model.safetensors") if not file.is_file()]
     if missing:
         raise CheckpointError(f"vision tower folder {folder} lacks {', '.join(missing)}; build or copy it again")
-    raw = json.loads(config_file.read_text())
-    vision_cfg = CLIPVisionCfg(**raw["vision_cfg"], norm_kwargs={"eps": raw["norm_eps"]})
-    spec = _make_spec(vision_cfg, raw["act"], raw["image_mean"], raw["image_std"], raw["interpolation"])
+    try:
+        raw = json.loads(config_file.read_text())
+        vision_cfg = CLIPVisionCfg(**raw["vision_cfg"], norm_kwargs={"eps": raw["norm_eps"]})
+        return _make_spec(vision_cfg, raw["act"], raw["image_mean"], raw["image_std"], raw["interpolation"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{config_file} cannot be read: {error}; build or copy the tower again") from error
+
+
+def tower_config(spec: TowerSpec) -> dict[str, Any]:
+    """What ``tower_config.json`` says of a tower: the inverse of ``read_tower_spec``."""
+    vision_cfg = {
+        "layers": spec.layers, "width": spec.width, "head_width": spec.width // spec.heads,
+        "patch_size": spec.patch_size, "image_size": spec.image_size, "mlp_ratio": spec.mlp_width / spec.width,
+    }
+    return {
+        "vision_cfg": vision_cfg, "norm_eps": spec.norm_eps, "act": spec.act, "image_mean": list(spec.image_mean),
+        "image_std": list(spec.image_std), "interpolation": spec.interpolation,
+    }
+
+
+def _tower_from_folder(folder: Path, select_layer: int) -> VisionTower:
+    spec = read_tower_spec(folder)
+    weights_file = folder / "model.safetensors"
     tower = build_tower_from_spec(spec, select_layer)
     weights = {key: value for key, value in load_file(weights_file).items() if key != "proj"}
     result = tower.visual.load_state_dict(weights, strict=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from llava_ds.checkpoint.fragments import shard_names
 from llava_ds.inference.session import Sampling, Session, load_session
 from llava_ds.schema import Turn
 from tests.helpers.tiny import write_run, write_world
@@ -19,6 +20,7 @@ from tests.helpers.tiny import write_run, write_world
 TOOLS = Path(__file__).parents[2] / "tools"
 WHAT, WHERE = "What is this?", "Where is the fox?"
 STEP = "checkpoints/step-00000004"
+SHARD = shard_names(1, 3)[0]
 
 
 def _start(tool: str, *options: object) -> subprocess.Popen:
@@ -57,7 +59,7 @@ def world(tmp_path_factory) -> Path:
     shutil.copytree(root / "run", root / "unfinished")
     (root / "unfinished" / STEP / "COMPLETE").unlink()
     shutil.copytree(root / "run", root / "damaged")
-    (root / "damaged" / STEP / "trainable.safetensors").write_bytes(b"no weights")
+    (root / "damaged" / STEP / SHARD).write_bytes(b"no weights")
     (root / "half_merged").mkdir()
     (root / "half_merged" / "llava_ds.json").write_text("{}")
 
@@ -182,7 +184,9 @@ EARLY = [
 ]
 # These need the model, or the folder that it is loaded from.
 LATE = [
-    ("merge_ckpt {w}/damaged {w}/out", "{w}/damaged/{step}/trainable.safetensors cannot be read", "copy"),
+    ("merge_ckpt {w}/damaged {w}/out", "{w}/damaged/{step}/{shard}: bytes", "expected, 10 found", "an earlier step"),
+    ("merge_ckpt {w}/run {w}/out --max-shard-size 5", "'5' is not a size; write it as 5GB"),
+    ("chat {w}/damaged --prompt Hi", "{w}/damaged/{step}/{shard}: bytes", "expected, 10 found", "an earlier step"),
     ("merge_ckpt {w}/run {d}/0.png/out", "{d}/0.png/out cannot be made", "give another folder"),
     ("chat {w}/run --prompt <image>", "1 '<image>' in the questions but 0 image(s) given", "take it out"),
     ("chat {w}/run --prompt <image><image> --image {d}/0.png", "2 '<image>' in the questions but 1", "as many"),
@@ -192,7 +196,7 @@ LATE = [
 
 
 def _check_refused(world: Path, case: tuple[str, ...]) -> None:
-    command, *wanted = (text.format(w=world, d=world / "data", step=STEP) for text in case)
+    command, *wanted = (text.format(w=world, d=world / "data", step=STEP, shard=SHARD) for text in case)
     before = sorted(world.rglob("*"))
     done = _invoke(*command.split())
     assert isinstance(done.exception, SystemExit), done.exception  # not the exception of a traceback
@@ -207,7 +211,7 @@ def test_bad_input_is_refused_before_a_model_is_built(world, monkeypatch, case):
     def build(*_):
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr("llava_ds.checkpoint.load.build_model", build)
+    monkeypatch.setattr("llava_ds.checkpoint.load.assemble", build)
     _check_refused(world, case)
 
 

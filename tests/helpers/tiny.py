@@ -1,6 +1,7 @@
 """A tiny world for tests: a CLIP-shaped tower, a small LLaMA with its own tokenizer, pictures and conversations."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llava_ds.checkpoint.fragments import STEP_FILE, Fragment, shard_names, shard_tensors
+from llava_ds.checkpoint.initial import InitialWeights, open_initial
 from llava_ds.checkpoint.layout import commit, step_dir
-from llava_ds.checkpoint.trained import describe_initial_weights
+from llava_ds.checkpoint.sources import describe_sources
+from llava_ds.checkpoint.writer import write_safetensors
 from llava_ds.config import load_recipe
 from llava_ds.models.build import build_model
 from llava_ds.models.vision_tower import TowerSpec, build_tower_from_spec
@@ -101,15 +105,45 @@ def write_world(root: Path) -> Path:
     return root
 
 
-def write_run(root: Path, name: str = "run", **changes) -> Path:
-    """A run folder as training leaves it, with weights of its own; ``changes`` are those of ``write_recipe``."""
+def write_run(root: Path, name: str = "run", trained: tuple[str, ...] = ("projector", "llm"), **changes) -> Path:
+    """A run folder as training on 3 ranks leaves it, with weights of its own; ``changes`` are ``write_recipe``'s.
+
+    ``trained`` are the parts that its checkpoint holds; for the others it names their sources.
+    """
     config = load_recipe(str(write_recipe(root, **changes)))
+    initial = open_initial(Path(config.model.init_from)).record if config.model.init_from else InitialWeights().record
     model = build_model(config.model, "sdpa", torch.float32, seed=21)
-    step = step_dir(root / name, 4)
+    record = {
+        "config": config.model_dump(),
+        "tower": model.vision_tower.spec.as_dict(),
+        "initial_weights": initial,
+        "sources": describe_sources(config.model, seed=21),
+    }
+    weights = {n: p.detach() for n, p in model.named_parameters() if n.startswith(tuple(f"{t}." for t in trained))}
+    write_step(root / name, weights, record)
+    return root / name
+
+
+def write_step(
+    run: Path, weights: dict[str, torch.Tensor], record: dict, number: int = 4, optimizer: bool = True
+) -> Path:
+    """A committed step with weights and an optimizer state, spread unevenly over the shards of 3 ranks."""
+    step = step_dir(run, number)
     step.mkdir(parents=True)
-    trained = {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith("vision_tower")}
-    save_file(trained, step / "trainable.safetensors")
-    record = {"config": config.model_dump(), "initial_weights": describe_initial_weights({})}
+    shards: list[list[Fragment]] = [[], [], []]
+    for parameter, value in weights.items():
+        flat = value.flatten().float()
+        cuts = [0, len(flat) // 5, len(flat) // 5 + len(flat) // 7, len(flat)]
+        for rank, (start, stop) in enumerate(pairwise(cuts)):
+            if start < stop:
+                piece = flat[start:stop]
+                states = {"exp_avg": torch.zeros_like(piece)} if optimizer else {}
+                shards[rank].append(Fragment(parameter, start, piece, states))
+    for rank, fragments in enumerate(shards):
+        for file, tensors in zip(shard_names(rank, 3), shard_tensors(fragments), strict=True):
+            write_safetensors(step / file, tensors)
+    shapes = {parameter: list(value.shape) for parameter, value in weights.items()}
+    (step / STEP_FILE).write_text(json.dumps({"parameters": shapes}))
     (step / "run.json").write_text(json.dumps(record))
     commit(step)
-    return root / name
+    return step

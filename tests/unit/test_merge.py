@@ -1,29 +1,46 @@
-"""A merged folder loads in transformers and in llava_ds, with our logits."""
+"""A merged folder loads in transformers and in llava_ds, with our logits; a merge streams, and refuses damage."""
 
 import json
+import math
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+)
 
-from llava_ds.checkpoint.layout import list_steps, resolve_step, write_safetensors_stream
+from llava_ds.checkpoint.formats.transformers import plan_transformers, read_transformers
+from llava_ds.checkpoint.fragments import shard_names
+from llava_ds.checkpoint.layout import find_damage, hash_file, list_steps, read_run, resolve_step
+from llava_ds.checkpoint.lazy import LazyTensor
 from llava_ds.checkpoint.load import load_model
-from llava_ds.checkpoint.merge import merge
+from llava_ds.checkpoint.merge import merge, trial_export
+from llava_ds.checkpoint.runs import open_run
 from llava_ds.constants import IMAGE_TOKEN_INDEX
 from llava_ds.data.images import ImageTransform, open_image
 from llava_ds.errors import CheckpointError
 from llava_ds.inference.session import Sampling, before_stop, load_session
+from llava_ds.models.build import describe_llm
 from llava_ds.ops.row_plan import plan_rows
 from llava_ds.schema import Turn
 from llava_ds.text.chat_template import resolve_template
 from llava_ds.text.encode import encode_prompt
 from llava_ds.text.templates import get_template
-from tests.helpers.tiny import write_run, write_world
+from tests.helpers.tiny import write_run, write_step, write_world
 
 # fp32; the two implementations sum in another order. Logits are of size 1.
 TOLERANCE = 1e-5
@@ -191,6 +208,236 @@ def test_a_merge_keeps_the_precision_of_its_run(world, precision, stored, name):
         assert torch.equal(again[key][:vocab] if again[key].shape != value.shape else again[key], value), key
 
 
+def _rewrite(merged, out):
+    """The folder as transformers itself writes it, without a word of ours."""
+    shutil.copytree(merged, out)
+    for name in ("llava_ds.json", "COMPLETE", "manifest.json", "model.safetensors"):
+        (out / name).unlink()
+    LlavaForConditionalGeneration.from_pretrained(merged).save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("aspect", ["square", "pad"])
+@pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
+def test_a_model_comes_back_as_it_was(world, tmp_path, projector, aspect):
+    changes = {"model__projector": projector, "data__image_aspect_ratio": aspect, "data__template": "v1"}
+    stored = open_run(write_run(world, f"run-back-{projector}-{aspect}", **changes))
+    merge(world / f"run-back-{projector}-{aspect}", tmp_path / "merged")
+    notes = []
+    for folder in (tmp_path / "merged", _rewrite(tmp_path / "merged", tmp_path / "theirs")):
+        again = read_transformers(folder, log=notes.append)
+        assert again.weights.keys() == stored.weights.keys()
+        assert all(torch.equal(again.weights[name].whole(), value.whole()) for name, value in stored.weights.items())
+        for field in ("tower", "select_layer", "projector", "template", "image_aspect_ratio", "dtype", "zero_features"):
+            assert getattr(again, field) == getattr(stored, field), field
+        assert again.text_config["vocab_size"] == stored.text_config["vocab_size"] == 355
+    assert len(notes) == 1
+    assert "theirs does not say which template it was trained with: v1 is taken" in notes[0]
+
+
+ASKED = ["What is this?", "Where is the fox?", "Q", "two  green apples, é on the left?"]
+
+
+@pytest.mark.parametrize("template", ["short", "v1", "v0"])
+def test_transformers_answers_what_a_session_answers(world, template):
+    """Greedy, as generation_config.json says; pictures of odd sizes; the processor's pixels differ by rounding."""
+    run, out = write_run(world, f"run-talk-{template}", data__template=template), world / f"talk-{template}"
+    merge(run, out)
+    session, processor = load_session(run), AutoProcessor.from_pretrained(out)
+    model = LlavaForConditionalGeneration.from_pretrained(out).eval()
+    shades = torch.arange(61 * 47 * 3).remainder(251).to(torch.uint8).reshape(47, 61, 3)
+    Image.fromarray(shades.numpy()).save(world / "odd.png")
+    pictures = [world / "data" / "0.png", world / "odd.png", world / "data" / "2.png", None]
+    answers = []
+    for question, picture in zip(ASKED, pictures, strict=True):
+        content = [{"type": "text", "text": question}]
+        content = [{"type": "image"}, *content] if picture else content
+        turns = [Turn("user", f"<image>\n{question}" if picture else question)]
+        ours = session.answer_batch([turns], [[picture] if picture else []], Sampling(max_new_tokens=9))[0]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        images = [open_image(picture)] if picture else None
+        inputs = processor(text=prompt, images=images, return_tensors="pt")
+        with torch.no_grad():
+            ids = model.generate(**inputs, max_new_tokens=9)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(ids, skip_special_tokens=True).strip() == ours
+        answers.append(ours)
+    assert all(answers)
+    # Behind the long prompts of the others this small random LLM answers the same to everything.
+    assert len(set(answers)) > 2 or template != "short"
+
+
+@pytest.mark.parametrize(("template", "eos"), [("v1", "</s>"), ("v0", "</s>"), ("chatml", "<|im_end|>")])
+def test_the_generation_config_is_valid_and_stops_where_the_template_does(tmp_path, template, eos):
+    write_world(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llm")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(tmp_path / "llm")
+    config = json.loads((tmp_path / "llm" / "config.json").read_text())
+    LlamaForCausalLM(LlamaConfig(**config | {"vocab_size": len(tokenizer)})).save_pretrained(tmp_path / "llm")
+    merge(write_run(tmp_path, data__template=template), tmp_path / "out")
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    settings.validate(strict=True)
+    assert (settings.do_sample, settings.temperature, settings.top_p) == (False, None, None)
+    assert settings.eos_token_id == tokenizer.convert_tokens_to_ids(eos)
+    assert (settings.bos_token_id, settings.pad_token_id) == (1, len(tokenizer) + 1)
+    settings.save_pretrained(tmp_path)  # what transformers refuses where sampling keys are left
+
+
+def test_a_merge_in_shards_has_an_index_that_transformers_reads(world):
+    run, out = write_run(world, "run-shards"), world / "merged-shards"
+    merge(run, out, max_shard_bytes=90_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 3
+    assert files == sorted(file.name for file in out.glob("*.safetensors"))
+    assert find_damage(out) == []
+    merge(run, world / "merged-whole")
+    whole = LlavaForConditionalGeneration.from_pretrained(world / "merged-whole").state_dict()
+    theirs, info = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert all(torch.equal(value, whole[name]) for name, value in theirs.state_dict().items())
+    ours, again = load_model(run).model.state_dict(), load_model(out).model.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in ours.items())
+
+
+def test_added_rows_are_the_mean_of_the_others(world):
+    run, out = write_run(world, "run-rows"), world / "merged-rows"
+    merge(run, out)
+    with safe_open(out / "model.safetensors", "pt") as weights:
+        for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+            table = weights.get_tensor(name)
+            assert table.shape == (384, 64)  # 355 words and two more, up to a multiple of 64
+            mean = table[:355].double().mean(0).float()
+            assert torch.equal(table[355:], mean.expand(29, -1))
+
+
+def test_a_damaged_shard_is_refused_by_name_and_hash(world):
+    run = write_run(world, "run-flipped")
+    files = [resolve_step(run) / shard_names(rank, 3)[0] for rank in (0, 2)]
+    was = [hash_file(file) for file in files]
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 64
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError) as failure:
+        merge(run, world / "out-flipped")
+    for file, sha256 in zip(files, was, strict=True):
+        assert f"{file}: sha256 {sha256[:16]} expected, {hash_file(file)[:16]} found" in str(failure.value)
+    assert not list(world.glob("*out-flipped*"))
+    # The optimizer's states are not merged, so nobody reads them.
+    sound = write_run(world, "run-without-optimizer")
+    (resolve_step(sound) / shard_names(1, 3)[1]).unlink()
+    merge(sound, world / "out-sound")
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(world, monkeypatch):
+    run, needed = write_run(world, "run-full"), []
+    free = shutil.disk_usage(world)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: needed.append(list(Path(path).iterdir())) or free)
+    with pytest.raises(CheckpointError, match="has 1000 bytes free, [0-9]+ are needed"):
+        merge(run, world / "out-full")
+    assert needed == [[]]
+    assert not list(world.glob("*out-full*"))
+
+
+def test_progress_counts_every_byte(world):
+    run, phases = write_run(world, "run-progress"), {}
+
+    def begin(name, num_bytes):
+        phases[name] = [num_bytes, 0]
+
+        def advance(more):
+            phases[name][1] += more
+
+        return advance
+
+    merge(run, world / "merged-progress", phases=begin)
+    assert sorted(phases) == ["checking", "reading back", "writing"]
+    assert all(total > 0 for total, _ in phases.values())
+    assert all(done == total for total, done in phases.values()), phases
+
+
+@pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
+def test_a_trial_export_writes_all_but_the_weights_and_reads_none(world, tmp_path, projector):
+    run = write_run(world, f"run-trial-{projector}", model__projector=projector)
+    merge(run, tmp_path / "merged")
+    stored = open_run(run)
+
+    def refuse(*_):
+        raise AssertionError("a weight was read")
+
+    unread = {name: LazyTensor(value.dtype, value.shape, refuse, "") for name, value in stored.weights.items()}
+    (tmp_path / "scratch").mkdir()
+    num_bytes = trial_export(replace(stored, weights=unread), tmp_path / "scratch")
+    written = {file.name: file.read_bytes() for file in (tmp_path / "merged").iterdir()}
+    assert written.keys() - {"model.safetensors", "manifest.json", "COMPLETE"} == {
+        file.name for file in (tmp_path / "scratch").iterdir() if file.read_bytes() == written[file.name]
+    }
+    # The header and its length are the rest of the file.
+    assert 0 < len(written["model.safetensors"]) - num_bytes < 20_000
+    assert sum(tensor.num_bytes for _, tensor in plan_transformers(stored)) == num_bytes
+
+
+def test_a_trial_export_refuses_what_transformers_would_not_load(world, tmp_path):
+    stored = open_run(write_run(world, "run-odd"))
+    weights = dict(stored.weights)
+    moved = weights.pop("llm.model.norm.weight")
+    with pytest.raises(CheckpointError) as failure:
+        trial_export(replace(stored, weights=weights | {"llm.model.ln_f.weight": moved}), tmp_path)
+    assert "language_model.model.norm.weight: missing would be written, (64,) is expected" in str(failure.value)
+    assert "language_model.model.ln_f.weight: (64,) would be written, nothing is expected" in str(failure.value)
+
+
+_MEASURED = """
+import sys
+from pathlib import Path
+from llava_ds.checkpoint.merge import merge
+
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+peak = before = anonymous()
+
+def begin(name, num_bytes):
+    def advance(_):
+        global peak
+        peak = max(peak, anonymous())
+    return advance
+
+merge(Path(sys.argv[1]), Path(sys.argv[2]), phases=begin)
+print(peak - before)
+"""
+
+
+def _memory_of_merge(world, name, width):
+    """Peak of the anonymous memory that a merge adds, measured in a process of its own; and the bytes of its source."""
+    config = json.loads((world / "llm" / "config.json").read_text())
+    config |= {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 5, "head_dim": width // 4}
+    shutil.copytree(world / "llm", world / name / "llm", ignore=shutil.ignore_patterns("*.safetensors"))
+    (world / name / "llm" / "config.json").write_text(json.dumps(config))
+    run = write_run(world, f"run-{name}", trained=("projector",))
+    record = read_run(resolve_step(run))
+    record["sources"]["llm"] |= {"folder": str(world / name / "llm"), "files": {}}
+    shapes = {f"llm.{key}": shape for key, shape in describe_llm(config).shapes.items()}
+    shapes |= {"projector.weight": (width, 32), "projector.bias": (width,)}
+    weights = {key: torch.linspace(-1, 1, math.prod(shape)).reshape(shape) for key, shape in shapes.items()}
+    shutil.rmtree(run)
+    write_step(run, weights, record, optimizer=False)
+    command = [sys.executable, "-c", _MEASURED, str(run), str(world / f"merged-{name}")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout), sum(tensor.numel() * 4 for tensor in weights.values())
+
+
+def test_memory_does_not_grow_with_the_model(world):
+    small, small_bytes = _memory_of_merge(world, "small", 320)  # 8 million weights
+    large, large_bytes = _memory_of_merge(world, "large", 800)  # 51 million
+    assert large_bytes - small_bytes > 160e6
+    # What is there at a time: pieces of 16 MiB, read, joined from several shards, written; buffers of hashing threads.
+    assert small < 150e6
+    assert large < 150e6
+
+
 def test_a_session_answers_in_batches_and_streams_the_same(world):
     session = load_session(write_run(world, "run-session"))
     turns = [[Turn("user", "<image>\nWhat is this?")], [Turn("user", "<image>\nWhere is the fox?")]]
@@ -259,9 +506,3 @@ def test_unfinished_and_missing_checkpoints_are_refused(world):
     (world / "there").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
         merge(run, world / "there")
-
-
-def test_a_stream_that_differs_from_its_header_is_refused(tmp_path):
-    entries = [("a", torch.zeros(2, 3))]
-    with pytest.raises(CheckpointError, match="expected"):
-        write_safetensors_stream(tmp_path / "x.safetensors", entries, [("a", torch.float32, (3, 2))])

@@ -1,0 +1,49 @@
+"""Which layout a path holds: told by what is in it, never by its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from llava_ds.checkpoint.layout import reading
+from llava_ds.errors import CheckpointError
+
+MERGED_FILE = "llava_ds.json"
+PROJECTOR_FILE = "mm_projector.bin"
+_WEIGHT_FILES = tuple(stem + end for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
+ACCEPTED = (
+    "a run folder or a checkpoint step of llava_ds, a merged folder, a transformers (llava-hf) folder, "
+    f"an original LLaVA folder, or an {PROJECTOR_FILE} (or a folder that holds one)"
+)
+
+
+def recognise_layout(path: Path) -> str:
+    """``llava_ds`` (a run or step), ``transformers``, ``original`` or ``projector``.
+
+    Raises CheckpointError that lists what is accepted.
+    """
+    if path.is_file():
+        return "projector"
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give a run folder or a checkpoint step, or\n  {ACCEPTED}")
+    if any(next(path.glob(name), None) for name in ("step.json", "run.json", "checkpoints", "weights-*-of-*")):
+        return "llava_ds"
+    if (path / MERGED_FILE).is_file():
+        return "transformers"
+    if (path / "config.json").is_file() and any((path / name).is_file() for name in _WEIGHT_FILES):
+        with reading(path / "config.json") as file:
+            config = json.loads(file.read_text())
+            keys = set(config)
+        # The original code's first configs have the model type of transformers' LLaVA.
+        if keys & {"mm_vision_tower", "mm_hidden_size", "mm_projector_type"}:
+            return "original"
+        if "vision_config" in keys and config.get("model_type") == "llava":
+            return "transformers"
+    if (path / PROJECTOR_FILE).is_file():
+        return "projector"
+    raise CheckpointError(f"{path} holds no checkpoint that can be read here; give\n  {ACCEPTED}")
+
+
+def find_projector_file(path: Path) -> Path:
+    """The file of a projector: the path itself, or ``mm_projector.bin`` in it."""
+    return path if path.is_file() else path / PROJECTOR_FILE
