@@ -46,7 +46,8 @@ class ModelConfig(_Strict):
     ``auto`` takes the one that should be faster and works (see ``resolve_splice``)."""
     gradient_checkpointing: bool = False
     init_from: str | None = None
-    """Run folder or checkpoint step whose projector (and LLM, where it trained) are loaded."""
+    """What the projector (and the LLM, where it is there) are loaded from: a run folder or checkpoint step, a merged or
+    llava-hf folder, a folder of the original code, or an mm_projector.bin."""
     zero_features: bool = False
     """Blind runs: the patch features are zeros."""
 
@@ -145,7 +146,15 @@ class TrainConfig(_Strict):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     loss_averaging: Literal["global_tokens", "per_micro_batch"] = "global_tokens"
     save_steps: int | None = Field(None, ge=1)
-    keep_last: int = Field(1, ge=1)
+    """Steps between checkpoints; None saves at the end only (and before step 1, see ``trial_save``)."""
+    keep_last: int = Field(2, ge=1)
+    """Checkpoints that stay; with two, a damaged one has another before it."""
+    keep_every: int | None = Field(None, ge=1)
+    """Checkpoints of steps that are a multiple of this stay as well."""
+    trial_save: bool = True
+    """Saves before step 1 and tries the export, all but its weights: what would fail at the end fails then."""
+    save_in_background: bool = True
+    """Training goes on while files are written; costs host memory for a copy of a rank's part."""
 
 
 class RunConfig(_Strict):
@@ -258,13 +267,13 @@ def resolve_micro_batch(train: TrainConfig, world_size: int) -> TrainConfig:
     share, rest = divmod(total, world_size)
     if rest == 0 and share < micro:
         return train.model_copy(update={"micro_batch_size": share})
-    fitting = [n for n in range(1, share + 1) if rest == 0 and share % n == 0]
-    advice = f"set train.micro_batch_size to one of {fitting}" if fitting else (
-        f"start a number of ranks that divides {total}, or change train.global_batch_size"
-    )
+    sizes = [n for n in range(1, share + 1) if rest == 0 and share % n == 0]
+    counts = [n for n in range(1, total + 1) if total % n == 0 and (total // n % micro == 0 or total // n < micro)]
+    advice = [f"set train.micro_batch_size to one of {sizes}"] if sizes else []
+    advice.append(f"start one of {counts} rank(s)")
     raise ConfigError(
         f"train.global_batch_size={total} is not a multiple of train.micro_batch_size={micro} times "
-        f"{world_size} rank(s).\n  To fix it, {advice}."
+        f"{world_size} rank(s).\n  To fix it, {', or '.join(advice)}."
     )
 
 

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -103,11 +104,22 @@ def gather_objects(ranks: Ranks, value: Any) -> list[Any]:
     """[world_size] the value of every rank, on every rank. Waits for days, where a collective of training does not."""
     if ranks.world_size == 1:
         return [value]
-    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     values: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(values, value, group=patient)
-    dist.destroy_process_group(patient)
+    dist.all_gather_object(values, value, group=_patient_group())
     return values
+
+
+@cache
+def _patient_group() -> Any:
+    """Made once: at a thousand ranks that takes seconds."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def run_on_main(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Runs ``work`` on rank 0 and gives its result, which must be picklable, to all; an error there reaches all."""
+    result, error = _attempt(work) if ranks.is_main else (None, None)
+    _share_failure(ranks, error)
+    return gather_objects(ranks, result)[0]
 
 
 def check_agreement(ranks: Ranks, what: str, value: str) -> None:

@@ -25,8 +25,22 @@ from llava_ds.errors import BackendUnavailableError, CheckpointError, ConfigErro
 @click.option("--recipe", default="quickstart_stage1", show_default=True, help="Shipped recipe, or a YAML file.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Overrides a value of the recipe.")
 @click.option("--run-dir", type=Path, help="Where the run is written [default: runs/<recipe name>].")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="last",
+    metavar="[STEP]",
+    help="Goes on from the last good checkpoint in --run-dir, or from STEP; starts the run where there is none.",
+)
 @click.option("--local_rank", type=int, hidden=True, help="Set by the deepspeed launcher.")
-def main(ds_json: Path, recipe: str, overrides: tuple[str, ...], run_dir: Path | None, local_rank: int | None) -> None:
+def main(
+    ds_json: Path,
+    recipe: str,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    resume: str | None,
+    local_rank: int | None,
+) -> None:
     """Trains one recipe: builds data, model and engine, runs the loop, writes the checkpoint."""
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
@@ -34,7 +48,7 @@ def main(ds_json: Path, recipe: str, overrides: tuple[str, ...], run_dir: Path |
     try:
         ranks = apply_launcher_environment(os.environ)
         config = load_recipe(recipe, overrides)
-        run(config, ds_json, run_dir or Path("runs") / config.name, ranks)
+        run(config, ds_json, run_dir or Path("runs") / config.name, resume, ranks)
         code = 0
     except (ConfigError, DataError, CheckpointError, BackendUnavailableError) as error:
         # Settings are the same on every rank: one of each machine says what is wrong with them.
@@ -47,7 +61,7 @@ def main(ds_json: Path, recipe: str, overrides: tuple[str, ...], run_dir: Path |
     flush_and_exit(code)
 
 
-def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
+def run(config: RunConfig, ds_json: Path, run_dir: Path, resume: str | None, ranks: Ranks) -> None:
     """The whole run of one rank."""
     # These take seconds to import: a wrong option is reported before.
     from llava_ds.data.build import build_training_data
@@ -57,9 +71,10 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     from llava_ds.engine.inputs import check_inputs
     from llava_ds.engine.loop import LoopSettings, train
     from llava_ds.engine.optim import build_optimizer, build_scheduler
+    from llava_ds.engine.resume import restore_training, resume_point
     from llava_ds.engine.run_record import check_run_dir, finish_run, start_run
-    from llava_ds.engine.saving import save_step
-    from llava_ds.engine.setup import build_trackers, load_initial_weights, resolve_backends, select_device
+    from llava_ds.engine.setup import build_saver, build_trackers, load_weights, resolve_backends, select_device
+    from llava_ds.engine.training_state import Progress
     from llava_ds.metrics.trackers import check_trackers
     from llava_ds.models.build import DTYPES, build_model, llm_hidden_size, load_tokenizer
     from llava_ds.models.freezing import apply_freezing
@@ -74,6 +89,8 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     if config.prepare:
         config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, ranks)))
     check_inputs(config)
+    point = resume_point(run_dir, resume, config, ranks)
+    progress = point.progress if point else Progress()
     backends = resolve_backends(config, device, ranks)
     fill_bucket_sizes(ds_config, llm_hidden_size(config.model.llm))
 
@@ -81,7 +98,7 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
     tokenizer = load_tokenizer(config.model.llm)
     dtype, fused = DTYPES[config.train.precision], backends["splice"].name == "fused"
     model = build_model(config.model, backends["attention"].name, dtype, config.seed, fused)
-    initial_weights = load_initial_weights(model, config.model.init_from, run_dir, ranks)
+    initial_weights = load_weights(model, config.model.init_from, run_dir, point, ranks)
     apply_freezing(model, config.train.trainable)
     model.vision_tower.to(device)
 
@@ -94,19 +111,24 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, ranks: Ranks) -> None:
         model.vision_tower.key(),
         lambda pixels: model.vision_tower(pixels.to(device)),
         ranks,
+        progress.data_state,
+        progress.step,
     )
     optimizer = build_optimizer(model, config.train)
     scheduler = build_scheduler(optimizer, config.train, data.plan.num_steps)
     engine = backend.initialize_engine(model, optimizer, scheduler, ds_config)
+    if point:
+        restore_training(engine, point, data.plan.digest)
 
-    lock = start_run(run_dir, config, ds_config, model, backends, initial_weights, data, ranks)
+    lock = start_run(run_dir, config, ds_config, model, backends, initial_weights, data, ranks, point)
     settings = LoopSettings(
         ranks, data.plan.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps,
-        device, config.data.max_bad_frac,
+        device, config.seed, config.data.max_bad_frac,
     )
-    save = partial(save_step, engine, run_dir, keep_last=config.train.keep_last, is_main=ranks.is_main)
-    trackers = build_trackers(run_dir, data.plan.num_steps, config, ranks)
-    progress = train(engine, data.loader, data.plan.steps(), data.plan.supervised_tokens, settings, trackers, save)
+    saver = build_saver(engine, run_dir, config.train, ranks, data.plan.digest, progress)
+    trackers = build_trackers(run_dir, data.plan.num_steps, config, ranks, progress.step)
+    plans = data.plan.steps(progress.data_state, progress.step)
+    train(engine, data.loader, plans, data.plan.supervised_tokens, settings, trackers, saver, progress)
     finish_run(run_dir, config, progress, time.time() - started, ranks)
     del partitioned, lock
 

@@ -46,6 +46,8 @@ class DataPlan:
     batch: BatchSizes
     length_groups: int
     num_steps: int
+    digest: str
+    """Of the records and what is good of them; two plans with one digest hold the same samples."""
 
     def steps(self, start: DataState = START, num_done: int = 0) -> Iterator[StepPlan]:
         """The plan of every step from ``start`` on, ``num_done`` of which are done."""
@@ -82,6 +84,8 @@ def build_training_data(
     tower_key: str,
     compute_features: Callable[[torch.Tensor], torch.Tensor],
     ranks: Ranks,
+    start: DataState = START,
+    num_done: int = 0,
 ) -> TrainingData:
     """Opens, checks and measures the data, plans the run, and builds this rank's loader.
 
@@ -90,6 +94,7 @@ def build_training_data(
         feature_shape: (P, C) of the tower.
         tower_key: names the tower's weights and the transform, for the feature cache.
         compute_features: [I, 3, H, W] -> [I, P, C], by the frozen tower.
+        start: where the data go on, after ``num_done`` steps.
 
     Raises:
         DataError: a bad or missing file, record or image, unless ``data.on_bad_sample`` is ``skip``.
@@ -112,7 +117,7 @@ def build_training_data(
     loader = build_loader(
         LlavaDataset(plan.source, text, load_image, blank, skip_bad),
         Collator(packing, blank, features),
-        plan.steps,
+        lambda: plan.steps(start, num_done),
         ranks.rank,
         settings.num_workers,
     )
@@ -139,7 +144,8 @@ def plan_data(config: RunConfig, packing: str, text: TextPipeline, ranks: Ranks)
     for table in tables:
         digest.update(repr(table.reasons).encode())
         digest.update(table.rows.data)
-    check_agreement(ranks, "the records and what is good of them", digest.hexdigest()[:16])
+    short_digest = digest.hexdigest()[:16]
+    check_agreement(ranks, "the records and what is good of them", short_digest)
     parts = tuple(
         Part(start + table.good(), entry.weight)
         for start, table, entry in zip(source.starts[:-1], tables, entries, strict=True)
@@ -166,7 +172,7 @@ def plan_data(config: RunConfig, packing: str, text: TextPipeline, ranks: Ranks)
     num_steps = _num_steps(parts, train.epochs, train.global_batch_size)
     return DataPlan(
         source, lengths, parts, config.seed, batch, settings.length_groups,
-        min(num_steps, train.max_steps or num_steps),
+        min(num_steps, train.max_steps or num_steps), short_digest,
     )
 
 

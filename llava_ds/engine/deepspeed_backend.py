@@ -21,8 +21,10 @@ def check_ds_config(ds_config: dict[str, Any]) -> list[str]:
 
     ZeRO's settings are read first, all at once: of the other groups it names the first wrong one only.
     """
-    # Outside a process group DeepSpeed takes one rank for granted, whose batch is the micro-batch.
-    alone = {"train_batch_size": ds_config["train_micro_batch_size_per_gpu"], "gradient_accumulation_steps": 1}
+    # Outside a process group DeepSpeed takes one rank for granted; batch sizes are checked elsewhere.
+    num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    batch = num_ranks * ds_config["train_micro_batch_size_per_gpu"]
+    alone = {"train_batch_size": batch, "gradient_accumulation_steps": 1}
     try:
         prefix = "zero_optimization."
         DeepSpeedZeroConfig(**ds_config["zero_optimization"])

@@ -98,6 +98,7 @@ def resolve_ds_config(raw: dict[str, Any], train: TrainConfig, world_size: int, 
             f"zero_optimization.offload_optimizer: with stage {zero['stage']} and train.micro_batch_tokens, let a step "
             "have at least two micro-batches (lower train.micro_batch_size), or take stage 3"
         )
+    problems += _not_saved(zero)
     problems += check_ds_config({key: value for key, value in resolved.items() if key in KNOWN_KEYS})
     if problems:
         raise _refusal(where, problems)
@@ -128,6 +129,25 @@ def _refusal(where: str, problems: list[str]) -> ConfigError:
         + "\n".join(f"  {problem}" for problem in problems)
         + '\n  Write "auto" in the JSON where the recipe decides.'
     )
+
+
+def _not_saved(zero: dict[str, Any]) -> list[str]:
+    """Settings under which part of the optimizer lies where checkpoints do not look for it."""
+    problems = []
+    for group in ("offload_optimizer", "offload_param"):
+        offload = zero.get(group) or {}
+        if not isinstance(offload, dict):
+            continue  # DeepSpeed's reader says so
+        if offload.get("device") == "nvme":
+            problems.append(f"zero_optimization.{group}.device: 'nvme' has no checkpoints here; use 'cpu' or none")
+        for key in ("ratio", "super_offload"):
+            if offload.get(key) not in (None, 1, False):
+                problems.append(
+                    f"zero_optimization.{group}.{key}: {offload[key]!r} has no checkpoints here; take it out"
+                )
+    if zero.get("zenflow"):
+        problems.append("zero_optimization.zenflow: has no checkpoints here; take it out")
+    return problems
 
 
 def _unknown_keys(raw: dict[str, Any]) -> list[str]:

@@ -11,10 +11,30 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from llava_ds.data.sampler import START, DataState, StepPlan
+from llava_ds.data.sampler import StepPlan
 from llava_ds.distributed import Ranks, gather_objects
+from llava_ds.engine.training_state import Progress, seed_step
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import Batch
+
+
+class Saver(Protocol):
+    """Where checkpoints go (engine/saving.py). All ranks call the same methods in the same order."""
+
+    def start(self, progress: Progress) -> None:
+        """Begins to save a step."""
+
+    def votes(self) -> tuple[int, int]:
+        """Whether this rank has written its part of the save that runs, and whether something failed."""
+
+    def fail(self, message: str) -> None:
+        """Ends the run on all ranks when they next agree."""
+
+    def settle(self, num_done: int, num_failed: int) -> None:
+        """Takes the sum of all ranks' votes. Raises CheckpointError on every rank when something failed."""
+
+    def save_now(self, progress: Progress) -> None:
+        """Saves a step and returns when it is committed."""
 
 
 class Tracker(Protocol):
@@ -37,21 +57,8 @@ class LoopSettings:
     loss_averaging: str
     save_steps: int | None
     device: torch.device
+    seed: int = 0
     max_bad_frac: float = 0.0
-
-
-@dataclass
-class Progress:
-    """Where training stands after a step."""
-
-    step: int = 0
-    samples_seen: int = 0
-    tokens_seen: int = 0
-    loss: float = float("nan")
-    bad_samples: int = 0
-    """Samples seen whose picture was bad (``data.on_bad_sample=skip``)."""
-    data_state: DataState = START
-    """Where the data goes on after this step."""
 
 
 def train(
@@ -61,18 +68,19 @@ def train(
     supervised_tokens: Callable[[StepPlan], int],
     settings: LoopSettings,
     trackers: list[Tracker],
-    save: Callable[[Progress], None],
+    saver: Saver,
+    progress: Progress,
 ) -> Progress:
-    """Runs every planned step and saves at the end (and every ``save_steps``).
+    """Runs every planned step from ``progress`` on and saves at the end (and every ``save_steps``).
 
     The loss of a step is the sum over its supervised tokens divided by their number over all ranks and
     micro-batches, so its gradients do not depend on how the step is split; with ``per_micro_batch`` every
     micro-batch of every rank is averaged by itself first, as the official trainer does.
 
     Before a step the ranks agree that all have its data. Raises on every rank: DataError when one has not, when too
-    many pictures were bad, or when the data is not what was planned; ConfigError when a loss is not finite.
+    many pictures were bad, or when the data is not what was planned; ConfigError when a loss is not finite;
+    CheckpointError when a step could not be saved.
     """
-    progress, saved = Progress(), 0
     stream = iter(batches)
     engine.train()
     for plan in plans:
@@ -80,14 +88,15 @@ def train(
         lr = engine.get_lr()[0]
         micro_batches, failure = _next_batches(stream, len(plan.micro_batches))
         waited = time.perf_counter() - started
-        num_supervised, num_bad = _agree(micro_batches, failure, settings)
+        num_supervised, num_bad = _agree(micro_batches, failure, saver, settings)
         num_seen = progress.samples_seen + len(plan.slots)
         if _too_many_bad(progress.bad_samples + num_bad, num_seen, settings.max_bad_frac):
-            if progress.step > saved:
-                save(progress)
+            if progress.step:
+                saver.save_now(progress)
             raise _bad_samples_error(progress.bad_samples + num_bad, num_seen, progress.step, settings.max_bad_frac)
         if not num_bad:
             _check_planned(supervised_tokens(plan), num_supervised)
+        seed_step(settings.seed, progress.step + 1, settings.ranks.rank)
         step_loss, num_tokens = _compute(engine, micro_batches, plan, progress.step + 1, num_supervised, settings)
         totals = _sum_over_ranks(torch.tensor([step_loss, num_tokens, waited], dtype=torch.float64), settings)
         progress.step += 1
@@ -115,13 +124,14 @@ def train(
             "step_s": seconds,
             "bad_samples": progress.bad_samples,
         }
-        for tracker in trackers:
-            tracker.log(record)
+        try:
+            for tracker in trackers:
+                tracker.log(record)
+        except OSError as error:  # of rank 0: the others hear of it with the next step
+            saver.fail(f"the numbers of step {progress.step} cannot be written: {error}")
         if settings.save_steps and progress.step % settings.save_steps == 0:
-            save(progress)
-            saved = progress.step
-    if progress.step > saved:
-        save(progress)
+            saver.start(progress)
+    saver.save_now(progress)
     for tracker in trackers:
         tracker.close()
     return progress
@@ -154,16 +164,23 @@ def _next_batches(stream: Iterator[Batch], count: int) -> tuple[list[Batch], Dat
         return [], error
 
 
-def _agree(batches: Sequence[Batch], failure: DataError | None, settings: LoopSettings) -> tuple[int, int]:
-    """Supervised tokens and bad samples of a step over all ranks. Raises DataError on all when one has a failure."""
+def _agree(
+    batches: Sequence[Batch], failure: DataError | None, saver: Saver, settings: LoopSettings
+) -> tuple[int, int]:
+    """Supervised tokens and bad samples of a step over all ranks, and the state of the save that runs.
+
+    Raises DataError on all ranks when one has a failure, CheckpointError when one could not save.
+    """
     counts = (sum(b.num_supervised for b in batches), sum(len(b.problems) for b in batches), int(failure is not None))
-    num_supervised, num_bad, num_failed = _sum_over_ranks(torch.tensor(counts, dtype=torch.float64), settings).tolist()
+    totals = _sum_over_ranks(torch.tensor((*counts, *saver.votes()), dtype=torch.float64), settings)
+    num_supervised, num_bad, num_failed, num_saved, num_not_saved = map(int, totals.tolist())
     if num_failed:
         for rank, message in enumerate(gather_objects(settings.ranks, failure and str(failure))):
             if message is not None:
                 where = f"rank {rank}: " if settings.ranks.world_size > 1 else ""
                 raise DataError(where + message, on_every_rank=True) from failure
-    return int(num_supervised), int(num_bad)
+    saver.settle(num_saved, num_not_saved)
+    return num_supervised, num_bad
 
 
 def _check_planned(planned: int, found: int) -> None:

@@ -7,17 +7,19 @@ import json
 import os
 import platform
 import shlex
+import uuid
 from collections.abc import Mapping
 from importlib import metadata
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from llava_ds.checkpoint.trained import describe_initial_weights
+from llava_ds.checkpoint.sources import describe_sources
 from llava_ds.config import RunConfig
 from llava_ds.data.build import TrainingData
 from llava_ds.distributed import Ranks
-from llava_ds.engine.loop import Progress
+from llava_ds.engine.resume import ResumePoint, set_aside_newer
+from llava_ds.engine.training_state import Progress
 from llava_ds.errors import ConfigError
 from llava_ds.metrics.plots import plot_loss
 from llava_ds.metrics.trackers import read_metrics
@@ -64,54 +66,67 @@ def start_run(
     ds_config: dict[str, Any],
     model: Llava,
     backends: Mapping[str, Backend],
-    initial_weights: Mapping[str, Path],
+    initial_weights: dict[str, Any],
     data: TrainingData,
     ranks: Ranks,
+    point: ResumePoint | None = None,
 ) -> IO[str] | None:
     """Writes run.json (rank 0) and says what is about to run. An earlier run in the folder is set aside, not lost.
 
-    ``backends`` stand in run.json by their names: attention, packing, splice.
+    ``backends`` stand in run.json by their names: attention, packing, splice. A run that goes on from ``point`` keeps
+    its folder; what is newer in it is set aside.
 
     Returns the lock that keeps a second run out of the folder; hold it until the run ends.
     Raises ConfigError when another run holds it, or the folder cannot be made.
     """
     if not ranks.is_main:
         return None
-    lock = _claim(run_dir)
+    lock = _claim(run_dir, keep=point is not None)
+    plan = data.plan
+    resumed = [] if point is None else [*point.run["resumed"], {"step": point.progress.step,
+                                                               "world_size": ranks.world_size}]
     record = {
+        "run_id": uuid.uuid4().hex if point is None else point.run["run_id"],
         "config": config.model_dump(),
         "ds_config": ds_config,
         "tower": model.vision_tower.spec.as_dict(),
         **{name: vars(backend) for name, backend in backends.items()},
-        "initial_weights": describe_initial_weights(dict(initial_weights)),
+        "sources": describe_sources(config.model, config.seed),
+        "initial_weights": initial_weights,
         "world_size": ranks.world_size,
-        "num_samples": data.plan.num_samples,
-        "num_steps": data.plan.num_steps,
+        "num_samples": plan.num_samples,
+        "num_steps": plan.num_steps,
         "data": [
             entry.model_dump() | {"num_records": len(source), "fingerprint": source.fingerprint}
-            for entry, source in zip(config.data.sources(), data.plan.source.sources, strict=True)
+            for entry, source in zip(config.data.sources(), plan.source.sources, strict=True)
         ],
         "skipped": dict(data.skipped),
-        "truncated": data.plan.lengths.num_cut(),
+        "truncated": plan.lengths.num_cut(),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
+        "resumed": resumed,
     }
-    (run_dir / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-    plan = data.plan
+    if point is not None:
+        set_aside_newer(run_dir, point.progress.step)
+    partial = run_dir / ".run.json"
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.rename(run_dir / "run.json")
     print(f"{config.name}: {plan.num_samples} samples, {plan.num_steps} steps, {ranks.world_size} rank(s)")
     print("; ".join(f"{name}: {backend.name} ({backend.reason})" for name, backend in backends.items()))
     if data.skipped:
         print(f"skipped {sum(data.skipped.values())} samples: {dict(data.skipped)}")
     if plan.lengths.num_cut():
         print(f"{plan.lengths.num_cut()} samples lose their end: longer than data.max_length={config.data.max_length}")
+    if point is not None:
+        print(f"resumed from {point.folder}: step {point.progress.step} of {plan.num_steps} is done")
     return lock
 
 
-def _claim(run_dir: Path) -> IO[str]:
-    """An empty, locked run folder; a finished run in it moves aside."""
+def _claim(run_dir: Path, keep: bool = False) -> IO[str]:
+    """A locked run folder. It is empty, as a finished run in it moves aside, unless the run goes on (``keep``)."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = _hold(run_dir, fcntl.LOCK_EX)
-        if not (run_dir / "run.json").exists():
+        if keep or not (run_dir / "run.json").exists():
             return lock
         number = next(n for n in count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
         aside = run_dir.with_name(f"{run_dir.name}.{number}")

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from llava_ds.checkpoint.trained import apply_trained, locate_trained
-from llava_ds.config import RunConfig
-from llava_ds.distributed import Ranks, gather_objects
+from llava_ds.checkpoint.fragments import open_weights
+from llava_ds.checkpoint.initial import InitialWeights, apply_weights, open_initial, reopen_initial
+from llava_ds.checkpoint.lazy import LazyTensor
+from llava_ds.checkpoint.merge import trial_export
+from llava_ds.checkpoint.runs import open_run
+from llava_ds.config import RunConfig, TrainConfig
+from llava_ds.distributed import Ranks, gather_objects, run_on_main_first
 from llava_ds.engine.deepspeed_backend import load_full_parameter
 from llava_ds.engine.loop import Tracker
+from llava_ds.engine.resume import ResumePoint
+from llava_ds.engine.saving import SavePolicy, Saver
+from llava_ds.engine.training_state import Progress
 from llava_ds.errors import ConfigError
 from llava_ds.metrics.trackers import EXTRA_TRACKERS, JsonlTracker, ProgressBar
 from llava_ds.models.build import DTYPES, Backend, resolve_attention, resolve_packing, resolve_splice
@@ -26,30 +36,84 @@ def select_device(ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
-def load_initial_weights(model: nn.Module, init_from: str | None, run_dir: Path, ranks: Ranks) -> dict[str, Path]:
-    """Loads what the run ``init_from`` trained, one weight at a time; returns the file of each.
+def load_weights(
+    model: nn.Module, init_from: str | None, run_dir: Path, point: ResumePoint | None, ranks: Ranks
+) -> dict[str, Any]:
+    """Loads the weights of the checkpoint that the run goes on from, or of ``init_from``; see these two."""
+    return load_resumed_weights(model, point, ranks) if point else load_initial_weights(
+        model, init_from, run_dir, ranks
+    )
+
+
+def load_initial_weights(model: nn.Module, init_from: str | None, run_dir: Path, ranks: Ranks) -> dict[str, Any]:
+    """Loads the weights of ``init_from``, one at a time; returns what run.json keeps of where they came from.
 
     Raises:
-        CheckpointError: there is none, or it does not fit.
-        ConfigError: it lies in the folder that this run is about to take.
+        CheckpointError: there are none, or they do not fit.
+        ConfigError: they lie in the folder that this run is about to take.
     """
     if init_from is None:
-        return {}
-    located = locate_trained(Path(init_from))
-    if any(run_dir.resolve() in file.resolve().parents for file in located.values()):
+        return InitialWeights().record
+    # Rank 0 reads and hashes the files; the others find the hashes kept.
+    initial = run_on_main_first(ranks, lambda: open_initial(Path(init_from), fresh=ranks.is_main))
+    if any(Path(file).is_relative_to(run_dir.resolve()) for source in initial.record["sources"]
+           for file in source["sha256"]):
         raise ConfigError(
             f"model.init_from={init_from!r} lies in {run_dir}, which this run would set aside; give another --run-dir"
         )
-    apply_trained(model, located, lambda p, value: load_full_parameter(p, value, ranks.is_main))
-    return located
+    _load(model, initial.weights, ranks)
+    return initial.record
 
 
-def build_trackers(run_dir: Path, num_steps: int, config: RunConfig, ranks: Ranks) -> list[Tracker]:
-    """Progress bar, metrics.jsonl and what the recipe adds (``track``) on rank 0, nothing elsewhere."""
+def load_resumed_weights(model: nn.Module, point: ResumePoint, ranks: Ranks) -> dict[str, Any]:
+    """Loads the weights of a checkpoint, and what its run did not train from where it started; returns the record.
+
+    Raises CheckpointError when they do not fit, or are not those that the run started from.
+    """
+    weights, record = open_weights(point.folder), point.run["initial_weights"]
+    inherited = [name for name, _ in model.named_parameters() if name not in weights]
+    _load(model, reopen_initial(record, point.folder, inherited) | weights, ranks)
+    return record
+
+
+def _load(model: nn.Module, weights: Mapping[str, LazyTensor], ranks: Ranks) -> None:
+    notes = apply_weights(model, weights, lambda p, value: load_full_parameter(p, value, ranks.is_main))
+    for note in notes if ranks.is_main else ():
+        print(note)
+
+
+def build_saver(
+    engine: Any, run_dir: Path, train: TrainConfig, ranks: Ranks, data_digest: str, progress: Progress
+) -> Saver:
+    """What saves the run's steps; a run that begins is saved at once (``train.trial_save``).
+
+    Raises CheckpointError on every rank when there is no room.
+    """
+    policy = SavePolicy(train.keep_last, train.keep_every, train.save_in_background)
+    saver = Saver(engine, run_dir, ranks, policy, {"data_digest": data_digest})
+    if progress.step:
+        saver.committed = progress.step
+    elif train.trial_save:
+        saver.on_first_commit = _try_export
+        saver.start(progress)
+    return saver
+
+
+def _try_export(step: Path) -> None:
+    """Raises CheckpointError or ConfigError when the run could be trained, but not be exported at its end."""
+    with tempfile.TemporaryDirectory(dir=step.parent, prefix="trial-") as scratch:
+        trial_export(open_run(step), Path(scratch))
+
+
+def build_trackers(run_dir: Path, num_steps: int, config: RunConfig, ranks: Ranks, num_done: int) -> list[Tracker]:
+    """Progress bar, metrics.jsonl and what the recipe adds (``track``) on rank 0, nothing elsewhere.
+
+    ``num_done`` steps of the run have been logged already.
+    """
     if not ranks.is_main:
         return []
-    extra = [EXTRA_TRACKERS[name](run_dir, config.name) for name in config.track]
-    return [ProgressBar(num_steps, config.name), JsonlTracker(run_dir / "metrics.jsonl"), *extra]
+    extra = [EXTRA_TRACKERS[name](run_dir, config.name, num_done) for name in config.track]
+    return [ProgressBar(num_steps, config.name, num_done), JsonlTracker(run_dir / "metrics.jsonl", num_done), *extra]
 
 
 def resolve_backends(config: RunConfig, device: torch.device, ranks: Ranks) -> dict[str, Backend]:

@@ -18,9 +18,10 @@ from llava_ds.errors import BackendUnavailableError
 class ProgressBar:
     """One line on the terminal; one line every few seconds where the output is a file."""
 
-    def __init__(self, num_steps: int, title: str) -> None:
+    def __init__(self, num_steps: int, title: str, num_done: int = 0) -> None:
         self.bar = tqdm(
             total=num_steps,
+            initial=num_done,
             desc=title,
             file=sys.stdout,
             mininterval=0.5 if sys.stdout.isatty() else 10.0,
@@ -42,11 +43,18 @@ class ProgressBar:
 
 
 class JsonlTracker:
-    """One JSON object a step in ``metrics.jsonl``."""
+    """One JSON object a step in ``metrics.jsonl``.
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("w")
-        self.started = time.time()
+    A run that goes on after ``num_done`` steps keeps their lines and drops later ones: no step stands twice.
+    """
+
+    def __init__(self, path: Path, num_done: int = 0) -> None:
+        kept = [record for record in read_metrics(path) if record["step"] <= num_done] if num_done else []
+        partial = path.with_name(f".{path.name}")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.rename(path)
+        self.file = path.open("a")
+        self.started = time.time() - (kept[-1]["elapsed_s"] if kept else 0.0)
 
     def log(self, record: dict[str, Any]) -> None:
         """Writes and flushes one line."""
@@ -61,10 +69,12 @@ class JsonlTracker:
 class TensorBoardTracker:
     """Event files in ``run_dir/tensorboard``."""
 
-    def __init__(self, run_dir: Path, title: str) -> None:
+    def __init__(self, run_dir: Path, title: str, num_done: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+        # What was written of later steps is not shown any more.
+        purge_step = num_done + 1 if num_done else None
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
     def log(self, record: dict[str, Any]) -> None:
         """Writes every number of a step; a number that is not known (None) is left out."""
@@ -78,12 +88,18 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of Weights & Biases; project, account and mode come from its own ``WANDB_*`` variables."""
+    """A run of Weights & Biases; project, account and mode come from its own ``WANDB_*`` variables.
 
-    def __init__(self, run_dir: Path, title: str) -> None:
+    A run that goes on writes to the same one; it leaves out steps that it was told before.
+    """
+
+    def __init__(self, run_dir: Path, title: str, num_done: int = 0) -> None:
         import wandb
 
-        self.run = wandb.init(name=title, dir=str(run_dir))
+        id_file = run_dir / "wandb_id"
+        known = id_file.read_text() if num_done and id_file.is_file() else None
+        self.run = wandb.init(name=title, dir=str(run_dir), id=known, resume="allow" if known else None)
+        id_file.write_text(self.run.id)
 
     def log(self, record: dict[str, Any]) -> None:
         """Sends a step's numbers."""
@@ -94,8 +110,10 @@ class WandbTracker:
         self.run.finish()
 
 
-EXTRA_TRACKERS: dict[str, Callable[[Path, str], Any]] = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
-"""By the name of the package that each needs."""
+EXTRA_TRACKERS: dict[str, Callable[[Path, str, int], Any]] = {
+    "tensorboard": TensorBoardTracker, "wandb": WandbTracker,
+}
+"""By the name of the package that each needs; of run folder, title and number of steps that are done."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -109,5 +127,6 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The records of a metrics.jsonl; none where there is no file. A last line that was cut off is left out."""
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from llava_ds.distributed import free_port
-from tests.distributed.test_zero import ROOT, _environ
+from tests.helpers.launch import ROOT, clean_environ
 
 JOB = """
 import os, time
@@ -53,7 +53,7 @@ def test_ranks_wait_for_rank_0_and_hear_of_its_failure(tmp_path):
 def test_ranks_that_differ_are_named_on_every_rank(tmp_path):
     command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
     command += [str(Path(__file__).with_name("agree_job.py")), str(tmp_path)]
-    environ = _environ() | {"PYTHONPATH": str(ROOT)}
+    environ = clean_environ() | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

@@ -12,7 +12,7 @@ from torch import nn
 from llava_ds.distributed import free_port
 from llava_ds.models.projector import split_projector
 from tests.distributed.splice_job import CASES, NUM_RANKS, NUM_STEPS, RATE, SHARE, Case, build, make_batch, write_llms
-from tests.distributed.test_zero import ROOT, _environ
+from tests.helpers.launch import ROOT, clean_environ
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ def root(tmp_path_factory) -> Path:
     write_llms(folder)
     command = ["deepspeed", "--num_accelerators", str(NUM_RANKS), "--master_port", str(free_port())]
     command += [str(Path(__file__).with_name("splice_job.py")), str(folder)]
-    environ = _environ() | {"PYTHONPATH": str(ROOT)}
+    environ = clean_environ() | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder

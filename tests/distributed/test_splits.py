@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llava_ds.checkpoint.fragments import open_weights
+from llava_ds.checkpoint.layout import step_dir
 from llava_ds.config import load_recipe
 from llava_ds.data.build import plan_data
 from llava_ds.data.collator import Collator
@@ -20,7 +21,7 @@ from llava_ds.data.images import ImageTransform
 from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.distributed import Ranks, free_port
 from llava_ds.models.build import build_model, load_tokenizer
-from tests.distributed.test_zero import ROOT, TRAIN, _environ, _launch, _losses
+from tests.helpers.launch import ROOT, TRAIN, clean_environ, launch, read_losses
 from tests.helpers.tiny import write_recipe, write_world
 
 NUM_STEPS = 3  # 11 samples in batches of 4: the last step holds 3, and some shares of it are empty
@@ -46,18 +47,18 @@ def world(tmp_path_factory) -> Path:
 def _train_alone(recipe: Path, zero: str, run_dir: Path) -> None:
     command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / f"{zero}.json")]
     command += ["--recipe", str(recipe), "--run-dir", str(run_dir)]
-    done = subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "checkpoints" / f"step-{NUM_STEPS:08d}" / "trainable.safetensors")
+    return {name: tensor.whole() for name, tensor in open_weights(step_dir(run_dir, NUM_STEPS)).items()}
 
 
 def _assert_same_run(run_dir: Path, reference: Path) -> None:
-    losses = _losses(run_dir)
+    losses = read_losses(run_dir)
     assert len(losses) == NUM_STEPS
-    assert losses == pytest.approx(_losses(reference), abs=LOSS_TOLERANCE)
+    assert losses == pytest.approx(read_losses(reference), abs=LOSS_TOLERANCE)
     weights, expected = _weights(run_dir), _weights(reference)
     assert weights.keys() == expected.keys()
     differences = {name: float((weights[name] - value).abs().max()) for name, value in expected.items()}
@@ -80,7 +81,7 @@ def test_four_packed_micro_batches_of_one_rank(world, whole):
 
 def test_packs_of_two_samples_on_two_ranks_of_zero_3(world, whole):
     recipe = write_recipe(world, **STEPS, train__micro_batch_size=2, data__packing="packed")
-    done = _launch(recipe, "zero3", 2, world / "zero3")
+    done = launch(recipe, "zero3", 2, world / "zero3")
     assert done.returncode == 0, done.stderr[-3000:]
     _assert_same_run(world / "zero3", whole)
 
@@ -92,7 +93,7 @@ def test_a_token_budget_takes_more_micro_batches_and_trains_the_same(world, whol
         world, **STEPS, train__micro_batch_size=4, train__micro_batch_tokens=60, data__packing="packed"
     )
     run_dir = world / f"budget-{zero}"
-    done = _launch(recipe, zero, num_ranks, run_dir)
+    done = launch(recipe, zero, num_ranks, run_dir)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((run_dir / "run.json").read_text())["ds_config"]["gradient_accumulation_steps"] == 1
     _assert_same_run(run_dir, whole)
@@ -104,10 +105,10 @@ def test_text_only_data_on_two_ranks_of_zero_3(world, whole):
         write_recipe(world, **STEPS, **text, train__micro_batch_size=4, data__packing="padded"), "zero0", world / "text"
     )
     recipe = write_recipe(world, **STEPS, **text, train__micro_batch_size=1, data__packing="packed")
-    done = _launch(recipe, "zero3", 2, world / "text-zero3")
+    done = launch(recipe, "zero3", 2, world / "text-zero3")
     assert done.returncode == 0, done.stderr[-3000:]
     _assert_same_run(world / "text-zero3", world / "text")
-    assert _losses(world / "text") != pytest.approx(_losses(whole), abs=100 * LOSS_TOLERANCE)
+    assert read_losses(world / "text") != pytest.approx(read_losses(whole), abs=100 * LOSS_TOLERANCE)
 
 
 def _mean_of_means(recipe: Path) -> tuple[float, float, float]:
@@ -155,7 +156,7 @@ def test_no_rank_of_zero_3_builds_the_whole_llm(world):
     out.mkdir()
     command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
     command += [str(Path(__file__).with_name("split_job.py")), str(write_recipe(world)), str(out)]
-    environ = _environ() | {"PYTHONPATH": str(ROOT)}
+    environ = clean_environ() | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     with torch.device("meta"):

@@ -1,7 +1,6 @@
 """ZeRO 0 to 3 on 1 and 2 ranks, with the real launcher: the same global batches give the same losses."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,31 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from llava_ds.checkpoint.fragments import open_weights
+from llava_ds.checkpoint.layout import list_steps, step_dir, step_number
 from llava_ds.distributed import free_port
+from tests.helpers.launch import ROOT, TRAIN, clean_environ, launch, read_losses
 from tests.helpers.tiny import write_recipe, write_world
 
-ROOT = Path(__file__).parents[2]
-TRAIN = ROOT / "llava_ds" / "train.py"
 NUM_STEPS = 4
 # fp32 sums in another order, through 4 steps of AdamW at a rate of 1e-3.
 TOLERANCE = 2e-5
-
-
-def _environ() -> dict[str, str]:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environ = {key: value for key, value in os.environ.items() if key not in names and not key.startswith("SLURM_")}
-    return environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{environ['PATH']}"}
-
-
-def _launch(recipe: Path, zero: str, num_ranks: int, run_dir: Path, *options: str) -> subprocess.CompletedProcess:
-    command = ["deepspeed", "--num_accelerators", str(num_ranks), "--master_port", str(free_port()), str(TRAIN)]
-    command += ["--deepspeed", str(ROOT / "ds_configs" / f"{zero}.json")]
-    command += ["--recipe", str(recipe), "--run-dir", str(run_dir), *options]
-    return subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=240)
-
-
-def _losses(run_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +27,9 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(world) -> list[float]:
-    done = _launch(write_recipe(world), "zero0", 1, world / "reference")
+    done = launch(write_recipe(world), "zero0", 1, world / "reference")
     assert done.returncode == 0, done.stderr[-3000:]
-    losses = _losses(world / "reference")
+    losses = read_losses(world / "reference")
     assert len(losses) == NUM_STEPS
     assert losses[-1] < losses[1]  # step 0 has rate 0
     return losses
@@ -58,9 +41,9 @@ def reference(world) -> list[float]:
 )
 def test_losses_agree(world, reference, zero, num_ranks):
     run_dir = world / f"{zero}-{num_ranks}"
-    done = _launch(write_recipe(world), zero, num_ranks, run_dir)
+    done = launch(write_recipe(world), zero, num_ranks, run_dir)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert _losses(run_dir) == pytest.approx(reference, abs=TOLERANCE)
+    assert read_losses(run_dir) == pytest.approx(reference, abs=TOLERANCE)
     assert (run_dir / "loss.png").stat().st_size > 1000
     record = json.loads((run_dir / "run.json").read_text())
     assert (record["world_size"], record["num_samples"]) == (num_ranks, 11)
@@ -70,9 +53,9 @@ def test_torchrun_starts_the_same_script(world, reference):
     command = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), str(TRAIN)]
     command += ["--deepspeed", str(ROOT / "ds_configs" / "zero1.json")]
     command += ["--recipe", str(write_recipe(world)), "--run-dir", str(world / "torchrun")]
-    done = subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert _losses(world / "torchrun") == pytest.approx(reference, abs=TOLERANCE)
+    assert read_losses(world / "torchrun") == pytest.approx(reference, abs=TOLERANCE)
 
 
 def test_the_variables_of_srun_alone_start_the_same_script(world, reference):
@@ -82,7 +65,7 @@ def test_the_variables_of_srun_alone_start_the_same_script(world, reference):
     tasks = [
         subprocess.Popen(
             command,
-            env=_environ() | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            env=clean_environ() | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -95,7 +78,7 @@ def test_the_variables_of_srun_alone_start_the_same_script(world, reference):
         for task in tasks:
             task.kill()
     assert [task.returncode for task in tasks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
-    assert _losses(world / "srun") == pytest.approx(reference, abs=TOLERANCE)
+    assert read_losses(world / "srun") == pytest.approx(reference, abs=TOLERANCE)
     assert json.loads((world / "srun" / "run.json").read_text())["world_size"] == 2
 
 
@@ -104,7 +87,7 @@ def test_a_picture_that_does_not_decode_is_named_by_a_worker_without_a_traceback
     shutil.copytree(world / "data", data)
     (data / "2.png").write_bytes(b"no picture")
     recipe = write_recipe(world, data__path=str(data / "train.json"), data__num_workers=2)
-    done = _launch(recipe, "zero0", 2, world / "broken_run")
+    done = launch(recipe, "zero0", 2, world / "broken_run")
     assert done.returncode != 0
     assert "DataError" in done.stderr
     assert str(data / "2.png") in done.stderr
@@ -121,26 +104,22 @@ def test_too_many_bad_pictures_end_the_run_on_every_rank_and_lose_no_step(world)
         (data / f"{number}.png").write_bytes(whole[: len(whole) // 2])  # begins as a picture does
     recipe = write_recipe(world, data__path=str(data / "train.json"), data__on_bad_sample="skip",
                           data__max_bad_frac=0.0, train__global_batch_size=2, train__micro_batch_size=1)
-    done = _launch(recipe, "zero3", 2, world / "mostly_broken_run")
+    done = launch(recipe, "zero3", 2, world / "mostly_broken_run")
     assert done.returncode != 0
     assert done.stderr.count("data.max_bad_frac=0 allows") == 1
     assert "Traceback" not in done.stderr
-    num_done = len(_losses(world / "mostly_broken_run")) if (world / "mostly_broken_run/metrics.jsonl").exists() else 0
-    assert len(list((world / "mostly_broken_run").glob("checkpoints/*/COMPLETE"))) == min(num_done, 1)
+    num_done = len(read_losses(world / "mostly_broken_run"))
+    assert step_number(list_steps(world / "mostly_broken_run")[-1]) == num_done
     assert (f"step {num_done} is saved" in done.stderr) == (num_done > 0)
 
 
 def test_stage_1_trains_the_projector_alone_and_stage_2_starts_from_it(world):
-    from safetensors import safe_open
-
-    first = _launch(write_recipe(world, train__trainable=["projector"]), "zero3", 2, world / "one")
+    first = launch(write_recipe(world, train__trainable=["projector"]), "zero3", 2, world / "one")
     assert first.returncode == 0, first.stderr[-3000:]
-    step = world / "one" / "checkpoints" / f"step-{NUM_STEPS:08d}"
-    with safe_open(step / "trainable.safetensors", "pt") as weights:
-        assert sorted(weights.keys()) == ["projector.bias", "projector.weight"]
-    second = _launch(write_recipe(world, model__init_from=str(world / "one")), "zero2", 2, world / "two")
+    assert sorted(open_weights(step_dir(world / "one", NUM_STEPS))) == ["projector.bias", "projector.weight"]
+    second = launch(write_recipe(world, model__init_from=str(world / "one")), "zero2", 2, world / "two")
     assert second.returncode == 0, second.stderr[-3000:]
-    assert _losses(world / "two")[0] < _losses(world / "one")[0]
+    assert read_losses(world / "two")[0] < read_losses(world / "one")[0]
 
 
 def test_a_second_run_sets_the_first_aside_and_skips_bad_records_with_a_count(world):
@@ -156,7 +135,7 @@ def test_a_second_run_sets_the_first_aside_and_skips_bad_records_with_a_count(wo
     command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / "zero0.json")]
     command += ["--recipe", str(recipe), "--run-dir", str(world / "again")]
     for _ in range(2):
-        done = subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-3000:]
     assert "held an earlier run" in done.stdout
     for run_dir in (world / "again", world / "again.1"):
@@ -174,7 +153,7 @@ def test_a_second_run_sets_the_first_aside_and_skips_bad_records_with_a_count(wo
 def _run_alone(recipe: Path, zero: str, run_dir: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / f"{zero}.json")]
     command += ["--recipe", str(recipe), "--run-dir", str(run_dir)]
-    return subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=120)
 
 
 def test_a_blind_run_leaves_the_feature_cache_to_those_that_see(world, reference):
@@ -183,8 +162,8 @@ def test_a_blind_run_leaves_the_feature_cache_to_those_that_see(world, reference
     assert blind.returncode == 0, blind.stderr[-3000:]
     seeing = _run_alone(write_recipe(world, **cache), "zero0", world / "cached")
     assert seeing.returncode == 0, seeing.stderr[-3000:]
-    assert _losses(world / "cached") == pytest.approx(reference, abs=TOLERANCE)
-    assert _losses(world / "blind") != pytest.approx(reference, abs=100 * TOLERANCE)
+    assert read_losses(world / "cached") == pytest.approx(reference, abs=TOLERANCE)
+    assert read_losses(world / "blind") != pytest.approx(reference, abs=100 * TOLERANCE)
 
 
 def test_16_bit_training_takes_the_same_steps_at_every_zero_stage(world):
@@ -192,7 +171,7 @@ def test_16_bit_training_takes_the_same_steps_at_every_zero_stage(world):
     for zero in ("zero0", "zero1"):
         done = _run_alone(write_recipe(world, train__precision="bf16"), zero, world / f"bf16-{zero}")
         assert done.returncode == 0, done.stderr[-3000:]
-        losses.append(_losses(world / f"bf16-{zero}"))
+        losses.append(read_losses(world / f"bf16-{zero}"))
     # Steps of bf16 weights are about 0.4 % wide; one more of Adam's steps was a difference of 0.04.
     assert losses[0] == pytest.approx(losses[1], abs=5e-3)
 
@@ -202,8 +181,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(world):
     assert done.returncode == 1
     assert "ConfigError: the loss of step" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list((world / "diverged").glob("checkpoints/*"))
-    assert len(_losses(world / "diverged")) >= 1
+    assert [step_number(step) for step in list_steps(world / "diverged")] == [0]
+    assert len(read_losses(world / "diverged")) >= 1
 
 
 @pytest.mark.parametrize(
@@ -221,7 +200,7 @@ def test_bad_input_ends_with_its_reason_and_leaves_nothing(world, options, messa
     run_dir = world / "bad"
     command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / "zero0.json")]
     command += ["--recipe", str(write_recipe(world)), "--run-dir", str(run_dir), *options]
-    done = subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr

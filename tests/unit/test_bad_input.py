@@ -31,6 +31,10 @@ RANKS = Ranks(0, 0, 1)
         ({"aio": 3}, "aio: must be an object, got 3"),
         ({"communication_data_type": 3}, "DeepSpeed: AttributeError"),
         ({"zero_quantized_weights": True}, "zero_quantized_weights: unknown key"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
+         "offload_optimizer.device: 'nvme' has no checkpoints here"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+         "offload_optimizer.ratio: 0.5 has no checkpoints here"),
     ],
 )
 def test_a_deepspeed_json_that_deepspeed_refuses(raw, message):

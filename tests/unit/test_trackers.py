@@ -29,6 +29,16 @@ def test_tensorboard(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("grad_norm")] == [(2, 0.5)]
 
 
+def test_a_resumed_run_takes_the_place_of_what_was_logged_after_its_checkpoint(tmp_path):
+    _log(trackers.TensorBoardTracker(tmp_path, "tiny"))
+    again = trackers.TensorBoardTracker(tmp_path, "tiny", num_done=1)
+    again.log({"step": 2, "loss": 0.75})
+    again.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 0.75)]
+
+
 def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -36,6 +46,10 @@ def test_wandb_offline(tmp_path, monkeypatch):
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     written = file.read_bytes()
     assert all(text in written for text in (b"tiny", b"loss", b"2.5", b"1.25"))
+    run_id = (tmp_path / "wandb_id").read_text()
+    _log(trackers.WandbTracker(tmp_path, "tiny", num_done=1))
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert (len(files), {file.stem for file in files}) == (2, {f"run-{run_id}"})
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
