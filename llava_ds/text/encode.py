@@ -218,6 +218,11 @@ def adds_leading_space(tokenizer: Any) -> bool:
     return _facts(tokenizer).adds_leading_space
 
 
+def spaces_after_special(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts that space behind special tokens, too."""
+    return _facts(tokenizer).spaces_after_special
+
+
 def begins_with_bos(tokenizer: Any) -> bool:
     """Whether a text begins with the tokenizer's bos token."""
     return tokenizer.bos_token_id is not None and _facts(tokenizer).begins_with_bos
