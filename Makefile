@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test slow-test kernel-test lint clean
+.PHONY: install quickstart test slow-test checkpoint-test kernel-test lint clean
 
 install: .venv/.installed
 
@@ -21,7 +21,10 @@ test: install
 	$(BIN)/python -m pytest
 
 slow-test: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/checkpoints
+
+checkpoint-test: install
+	$(BIN)/python -m pytest -m slow tests/checkpoints
 
 kernel-test: install
 	$(BIN)/python -m pytest -m "kernel or not kernel" tests/kernel tests/gpu
