@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava_ds.checkpoint.formats.original import read_original_weights
+from llava_ds.checkpoint.formats.projector_file import read_projector_file
+from llava_ds.checkpoint.formats.transformers import read_transformers_weights
 from llava_ds.checkpoint.fragments import STEP_FILE, open_weights
 from llava_ds.checkpoint.keymap import PROJECTOR, add_prefix
 from llava_ds.checkpoint.layout import read_manifest, read_run, resolve_step
@@ -26,7 +29,7 @@ _MOST_LINES = 20
 class InitialWeights:
     """Weights by our names, never the tower's, and what run.json says of where they are from.
 
-    ``record`` is plain data: ``sources`` (each with ``path``, ``layout`` and ``sha256`` by file) and ``weights`` (by
+    ``record`` is plain data: ``sources`` (each with ``path``, ``layout`` and ``xxh128`` by file) and ``weights`` (by
     name, the number of the source that holds it).
     """
 
@@ -46,7 +49,7 @@ def open_initial(path: Path, fresh: bool = True) -> InitialWeights:
     if layout == "llava_ds":
         return _open_run(resolve_step(path).resolve(), fresh)
     path = path.resolve()
-    source = {"path": str(path), "layout": layout, "sha256": describe_files(_files_of(path, layout))}
+    source = {"path": str(path), "layout": layout, "xxh128": describe_files(_files_of(path, layout))}
     weights = _OPENERS[layout](path)
     return InitialWeights(weights, {"sources": [source], "weights": dict.fromkeys(weights, 0)})
 
@@ -62,7 +65,7 @@ def reopen_initial(
     """
     wanted = {name: number for name, number in record["weights"].items() if name in needed}
     sources = {number: record["sources"][number] for number in sorted(set(wanted.values()))}
-    expected = {file: sha256 for source in sources.values() for file, sha256 in source["sha256"].items()}
+    expected = {file: xxh128 for source in sources.values() for file, xxh128 in source["xxh128"].items()}
     try:
         check_files(expected, fresh)
     except CheckpointError as error:
@@ -124,10 +127,10 @@ def _word_tables(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _open_run(step: Path, fresh: bool) -> InitialWeights:
-    expected = {str(step / name): record.sha256 for name, record in read_manifest(step).items() if _is_read(name)}
+    expected = {str(step / name): record.xxh128 for name, record in read_manifest(step).items() if _is_read(name)}
     check_files(expected, fresh)
     weights = open_weights(step)
-    sources = [{"path": str(step), "layout": "llava_ds", "sha256": expected}]
+    sources = [{"path": str(step), "layout": "llava_ds", "xxh128": expected}]
     numbers = dict.fromkeys(weights, 0)
     record = read_run(step)["initial_weights"]
     inherited = [name for name in record["weights"] if name not in weights]
@@ -153,28 +156,13 @@ def _files_of(path: Path, layout: str) -> list[Path]:
     return [*settings, *find_weight_files(path)]
 
 
-# The modules of other layouts take seconds to import: only who needs one does.
-def _open_transformers(path: Path) -> dict[str, LazyTensor]:
-    from llava_ds.checkpoint.formats.transformers import read_transformers_weights
-
-    return read_transformers_weights(path)
-
-
-def _open_original(path: Path) -> dict[str, LazyTensor]:
-    from llava_ds.checkpoint.formats.original import read_original_weights
-
-    return read_original_weights(path)
-
-
 def _open_projector(path: Path) -> dict[str, LazyTensor]:
-    from llava_ds.checkpoint.formats.projector_file import read_projector_file
-
     return add_prefix(read_projector_file(find_projector_file(path)), PROJECTOR)
 
 
 _OPENERS: dict[str, Callable[[Path], dict[str, LazyTensor]]] = {
     "llava_ds": open_weights,
-    "transformers": _open_transformers,
-    "original": _open_original,
+    "transformers": read_transformers_weights,
+    "original": read_original_weights,
     "projector": _open_projector,
 }

@@ -15,7 +15,9 @@ from llava_ds.errors import CheckpointError, ConfigError
 TOWER = "vision_tower.visual."
 PROJECTOR = "projector."
 LLM = "llm."
+HF_TOWER = "vision_tower.vision_model."
 HF_PROJECTOR = "multi_modal_projector."
+HF_LLM = "language_model."
 
 _BLOCK_PARTS = {
     "ln_1": "layer_norm1",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,17 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from llava_ds.checkpoint.formats.original import read_original
+from llava_ds.checkpoint.formats.original_config import OWN_KEY
 from llava_ds.checkpoint.formats.transformers import USUAL_TEMPLATE, read_transformers
+from llava_ds.checkpoint.json_file import read_json
 from llava_ds.checkpoint.keymap import LLM, strip_prefix
 from llava_ds.checkpoint.layout import read_run, reading, resolve_step
 from llava_ds.checkpoint.lazy import PIECE_ELEMENTS
 from llava_ds.checkpoint.recognise import MERGED_FILE, recognise_layout
-from llava_ds.checkpoint.runs import Log, open_run, say
-from llava_ds.checkpoint.stored_model import StoredModel
+from llava_ds.checkpoint.remarks import Log, say
+from llava_ds.checkpoint.runs import open_run
+from llava_ds.checkpoint.shard_size import MAX_SHARD_BYTES
+from llava_ds.checkpoint.stored_model import StoredModel, copy_tokenizer_model
 from llava_ds.checkpoint.writer import write_sharded
 from llava_ds.constants import COMPLETE_MARKER
 from llava_ds.errors import CheckpointError
@@ -25,8 +28,6 @@ from llava_ds.models.build import DTYPES, build_empty_llm
 from llava_ds.models.llava import Llava
 from llava_ds.models.projector import build_projector
 from llava_ds.models.vision_tower import build_tower_from_spec
-
-_LLM_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ def open_model(path: Path, template: str | None = None, log: Log = say) -> Store
         return open_run(folder, log=log)
     if layout == "transformers":
         return read_transformers(folder, template, log)
-    with reading(folder / "config.json") as file:
-        says_template = "template" in json.loads(file.read_text()).get("llava_ds", {})
+    says_template = "template" in read_json(folder / "config.json").get(OWN_KEY, {})
     if template is None and not says_template:
         log(f"{folder} does not say which template it was trained with: {USUAL_TEMPLATE} is taken, LLaVA-1.5's")
         template = USUAL_TEMPLATE
@@ -82,8 +82,8 @@ def stored_dtype(path: Path) -> torch.dtype:
     folder = find_checkpoint(path)
     if recognise_layout(folder) == "llava_ds":
         return DTYPES[read_run(folder)["config"]["train"]["precision"]]
-    with reading(folder / "config.json") as file:
-        raw = json.loads(file.read_text())
+    raw = read_json(folder / "config.json")
+    with reading(folder / "config.json"):
         return getattr(torch, raw.get("dtype") or raw["torch_dtype"])
 
 
@@ -139,8 +139,9 @@ def export_llm(run: Path, out: Path) -> None:
     config = AutoConfig.for_model(**stored.text_config | {"dtype": "float32"})
     config.save_pretrained(out)
     stored.tokenizer.save_pretrained(out)
+    copy_tokenizer_model(stored, out)
     _generation_config(Path(read_run(resolve_step(run))["sources"]["llm"]["folder"]), config).save_pretrained(out)
-    write_sharded(out, [(name, value.cast(torch.float32)) for name, value in weights.items()], _LLM_SHARD_BYTES)
+    write_sharded(out, [(name, value.cast(torch.float32)) for name, value in weights.items()], MAX_SHARD_BYTES)
 
 
 def _generation_config(folder: Path, config: Any) -> GenerationConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from llava_ds.checkpoint.formats.clip import StoredTower
@@ -134,9 +134,13 @@ def stored_logits(model: StoredModel, dtype: torch.dtype) -> torch.Tensor:
     # What a blind run was trained to ignore is in its weights all the same.
     loaded = assemble(replace(model, weights=weights, zero_features=False), "sdpa", dtype)
     logits = _logits(loaded.model, ids, pixels)
-    del loaded
-    gc.collect()
+    _free(loaded.model)
     return logits[:, : model.text_config["vocab_size"]]
+
+
+def _free(model: nn.Module) -> None:
+    """Gives a model's memory back now: modules refer to one another, so Python would wait for its next collection."""
+    model.to("meta")
 
 
 @torch.no_grad()
@@ -160,8 +164,7 @@ def transformers_logits(model: StoredModel, folder: Path, dtype: torch.dtype) ->
     ids, pixels = fixed_input(model)
     ids = torch.where(ids == IMAGE_TOKEN_INDEX, theirs.config.image_token_id, ids)
     logits = theirs.eval()(input_ids=ids, pixel_values=pixels.to(dtype), use_cache=False).logits[0].float()
-    del theirs
-    gc.collect()
+    _free(theirs)
     return logits[:, : model.text_config["vocab_size"]]
 
 

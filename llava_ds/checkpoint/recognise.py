@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from llava_ds.checkpoint.layout import reading
+from llava_ds.checkpoint.json_file import read_json
 from llava_ds.errors import CheckpointError
 
 MERGED_FILE = "llava_ds.json"
@@ -20,28 +19,38 @@ ACCEPTED = (
 def recognise_layout(path: Path) -> str:
     """``llava_ds`` (a run or step), ``transformers``, ``original`` or ``projector``.
 
-    Raises CheckpointError that lists what is accepted.
+    Raises CheckpointError that says what is missing, or lists what is accepted.
     """
     if path.is_file():
         return "projector"
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give a run folder or a checkpoint step, or\n  {ACCEPTED}")
+        raise CheckpointError(f"{path}: no such folder; give {ACCEPTED}")
     if any(next(path.glob(name), None) for name in ("step.json", "run.json", "checkpoints", "weights-*-of-*")):
         return "llava_ds"
     if (path / MERGED_FILE).is_file():
         return "transformers"
-    if (path / "config.json").is_file() and any((path / name).is_file() for name in _WEIGHT_FILES):
-        with reading(path / "config.json") as file:
-            config = json.loads(file.read_text())
-            keys = set(config)
-        # The original code's first configs have the model type of transformers' LLaVA.
-        if keys & {"mm_vision_tower", "mm_hidden_size", "mm_projector_type"}:
-            return "original"
-        if "vision_config" in keys and config.get("model_type") == "llava":
-            return "transformers"
+    layout = _layout_of_config(path / "config.json")
+    has_weights = any((path / name).is_file() for name in _WEIGHT_FILES)
+    if layout and has_weights:
+        return layout
     if (path / PROJECTOR_FILE).is_file():
         return "projector"
+    if layout:
+        raise CheckpointError(
+            f"{path} has the config.json of the layout {layout}, but no weights (none of {', '.join(_WEIGHT_FILES)}); "
+            "copy the folder again"
+        )
+    if has_weights and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has weights, but no config.json that says of what; copy the folder again")
     raise CheckpointError(f"{path} holds no checkpoint that can be read here; give\n  {ACCEPTED}")
+
+
+def _layout_of_config(config: Path) -> str | None:
+    raw = read_json(config) if config.is_file() else {}
+    # The original code's first configs have the model type of transformers' LLaVA.
+    if raw.keys() & {"mm_vision_tower", "mm_hidden_size", "mm_projector_type"}:
+        return "original"
+    return "transformers" if "vision_config" in raw and raw.get("model_type") == "llava" else None
 
 
 def find_projector_file(path: Path) -> Path:

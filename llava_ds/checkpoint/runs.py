@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from llava_ds.checkpoint.initial import fit_rows, reopen_initial
 from llava_ds.checkpoint.keymap import LLM, PROJECTOR, TOWER, add_prefix, strip_prefix
 from llava_ds.checkpoint.layout import find_damage, read_manifest, read_run, resolve_step
 from llava_ds.checkpoint.lazy import LazyTensor
+from llava_ds.checkpoint.remarks import Log, say
 from llava_ds.checkpoint.sources import check_sources
-from llava_ds.checkpoint.stored_model import StoredModel
+from llava_ds.checkpoint.stored_model import StoredModel, find_tokenizer_model
 from llava_ds.checkpoint.tensor_files import open_tensors
 from llava_ds.config import ModelConfig
 from llava_ds.errors import CheckpointError
@@ -34,12 +34,6 @@ from llava_ds.models.vision_tower import TowerSpec, build_tower, tower_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 PARTS = ("vision_tower", "projector", "llm")
-Log = Callable[[str], None]
-
-
-def say(line: str) -> None:
-    """Where notes go that nobody else takes: to stderr."""
-    print(line, file=sys.stderr)
 
 
 def open_run(path: Path, parts: Collection[str] = PARTS, fresh: bool = False, log: Log = say) -> StoredModel:
@@ -58,7 +52,8 @@ def open_run(path: Path, parts: Collection[str] = PARTS, fresh: bool = False, lo
     record = read_run(step)
     config = ModelConfig.model_validate(record["config"]["model"])
     spec = TowerSpec.from_dict(record["tower"])
-    text_config = read_text_config(Path(record["sources"]["llm"]["folder"]))
+    llm_folder = Path(record["sources"]["llm"]["folder"])
+    text_config = read_text_config(llm_folder)
     layout = describe_llm(text_config)
     expected = {name: shape for part in parts for name, shape in _shapes(part, config, spec, layout).items()}
     found = _collect(step, record, config, layout, expected, fresh, log)
@@ -76,11 +71,12 @@ def open_run(path: Path, parts: Collection[str] = PARTS, fresh: bool = False, lo
         tower=spec,
         select_layer=config.select_layer,
         projector=config.projector,
-        tokenizer=load_tokenizer(record["sources"]["llm"]["folder"]),
+        tokenizer=load_tokenizer(str(llm_folder)),
         template=settings["data"]["template"],
         image_aspect_ratio=settings["data"]["image_aspect_ratio"],
         zero_features=config.zero_features,
         dtype=DTYPES[settings["train"]["precision"]],
+        tokenizer_model=find_tokenizer_model(llm_folder),
     )
 
 

@@ -115,9 +115,11 @@ def _open_pytorch(file: Path) -> dict[str, LazyTensor]:
     try:
         # Files of before 2020 are no archives and cannot be mapped: those are read whole.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_archive(file))
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    # A file that is no pickle at all fails in whichever way its first bytes make it.
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
-            f"{file} cannot be read: {error}\n  Give a file of tensors alone; nothing else in it is ever executed."
+            f"{file} cannot be read: {type(error).__name__}: {error}\n"
+            "  Give a file of tensors alone; nothing else in it is ever executed."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{file} does not hold a mapping of names to tensors; give a file of weights")

@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -39,6 +40,21 @@ def write_tower(folder: Path, act: str = "gelu") -> Path:
     }
     (folder / "tower_config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_open_clip(folder: Path) -> tuple[str, open_clip.CLIP]:
+    """A small model among open_clip's, by its name, and a file of its weights in ``folder``: ``clip.pt``."""
+    name = "ViT-tiny-of-tests"
+    config = {
+        "embed_dim": 16, "vision_cfg": {"image_size": 28, "layers": 2, "width": 64, "patch_size": 14},
+        "text_cfg": {"context_length": 9, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1},
+    }
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"{name}.json")
+    torch.manual_seed(2)
+    clip = open_clip.create_model(name)
+    torch.save(clip.state_dict(), folder / "clip.pt")
+    return name, clip
 
 
 def write_llm(folder: Path, tie_word_embeddings: bool = False) -> Path:

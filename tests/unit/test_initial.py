@@ -11,7 +11,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llava_ds.checkpoint import sources
-from llava_ds.checkpoint.formats.original import write_original
+from llava_ds.checkpoint.formats.original_export import write_original
 from llava_ds.checkpoint.formats.transformers import read_transformers
 from llava_ds.checkpoint.fragments import open_weights, shard_names
 from llava_ds.checkpoint.initial import InitialWeights, apply_weights, open_initial, reopen_initial
@@ -71,7 +71,7 @@ def test_a_record_names_every_file_by_its_hash(tmp_path):
     step = _write(tmp_path / "a", {"projector": 1.0, "llm": 2.0})
     (source,) = open_initial(tmp_path / "a").record["sources"]
     files = [step / name for name in SHARDS]
-    assert source["sha256"] == {str(file): hash_file(file) for file in (*files, step / "step.json")}
+    assert source["xxh128"] == {str(file): hash_file(file) for file in (*files, step / "step.json")}
 
 
 def test_other_weights_in_the_place_of_the_first_are_refused(tmp_path):
@@ -83,7 +83,7 @@ def test_other_weights_in_the_place_of_the_first_are_refused(tmp_path):
     _write(tmp_path / "a", {"projector": 9.0})
     now = hash_file(first / SHARDS[0])
     for reopen in (lambda: open_initial(tmp_path / "b"), lambda: reopen_initial(record, step, ["projector"])):
-        with pytest.raises(CheckpointError, match=f"sha256 {was[:16]} expected, {now[:16]} found") as failure:
+        with pytest.raises(CheckpointError, match=f"xxh128 {was[:16]} expected, {now[:16]} found") as failure:
             reopen()
         assert str(failure.value).count("expected") == 3  # every shard is named
     shutil.rmtree(tmp_path / "a")
@@ -97,7 +97,7 @@ def test_a_damaged_shard_is_refused_before_a_run_starts_from_it(tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(file))}: sha256 [0-9a-f]+ expected, [0-9a-f]+ found"):
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(file))}: xxh128 [0-9a-f]+ expected, [0-9a-f]+ found"):
         open_initial(tmp_path / "a")
 
 

@@ -5,13 +5,12 @@ import re
 import shutil
 from dataclasses import replace
 
-import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from llava_ds.checkpoint.formats.original import write_original
+from llava_ds.checkpoint.formats.original_export import write_original
 from llava_ds.checkpoint.fragments import open_weights, shard_names
 from llava_ds.checkpoint.layout import hash_file, step_dir
 from llava_ds.checkpoint.load import export_llm, load_model, open_model, stored_dtype
@@ -21,7 +20,7 @@ from llava_ds.checkpoint.sources import describe_sources
 from llava_ds.config import load_recipe
 from llava_ds.errors import CheckpointError
 from llava_ds.models.build import build_model
-from tests.helpers.tiny import write_llm, write_recipe, write_run, write_world
+from tests.helpers.tiny import write_llm, write_open_clip, write_recipe, write_run, write_world
 
 
 @pytest.fixture(autouse=True)
@@ -128,10 +127,7 @@ def test_an_llm_with_other_names_in_its_files_is_loaded_whole_and_that_is_said(w
 
 
 def test_a_tower_of_open_clip_is_read_from_its_file(world):
-    name = "ViT-S-32-alt"
-    torch.manual_seed(6)
-    clip = open_clip.create_model(name)
-    torch.save(clip.state_dict(), world / "clip.pt")
+    name, clip = write_open_clip(world)
     run = write_run(
         world, trained=("projector",), model__vision_tower=name, model__vision_pretrained=str(world / "clip.pt")
     )
@@ -153,7 +149,7 @@ def test_changed_and_missing_frozen_files_are_all_named(world):
     with pytest.raises(CheckpointError) as failure:
         open_run(run)
     text = str(failure.value)
-    assert f"{tower}: sha256 {was[:16]} expected, {hash_file(tower)[:16]} found" in text
+    assert f"{tower}: xxh128 {was[:16]} expected, {hash_file(tower)[:16]} found" in text
     assert f"{llm}: is gone" in text
 
 

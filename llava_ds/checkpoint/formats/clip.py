@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 import torch
 
+from llava_ds.checkpoint.json_file import read_json, write_json
 from llava_ds.checkpoint.keymap import TOWER, Weights, list_some, strip_prefix, tower_from_clip, tower_to_clip
-from llava_ds.checkpoint.layout import FileRecord, reading
+from llava_ds.checkpoint.layout import FileRecord
 from llava_ds.checkpoint.lazy import LazyTensor, in_memory
 from llava_ds.checkpoint.stored_model import StoredModel
 from llava_ds.checkpoint.tensor_files import find_weight_files, open_safetensors, open_tensors
@@ -105,26 +105,23 @@ def read_clip(folder: Path) -> StoredTower:
 
 def read_clip_spec(folder: Path) -> TowerSpec:
     """What the tower of a transformers CLIP folder is. Raises CheckpointError when it is of another kind."""
-    with reading(folder / "config.json") as file:
-        config = json.loads(file.read_text())
+    config = read_json(folder / "config.json")
     return spec_from_clip(config.get("vision_config", config), read_image_processor(folder), str(folder))
 
 
 def read_image_processor(folder: Path) -> dict[str, Any]:
-    """The settings of a transformers folder's image processor, in a file of its own or in the processor's.
+    """The settings of a transformers folder's image processor, in the processor's file or, after that, in its own.
 
     Raises CheckpointError when there is none: the pictures' mean and deviation stand nowhere else.
     """
-    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        file = folder / name
-        if file.is_file():
-            with reading(file):
-                raw = json.loads(file.read_text())
-                if key is None or key in raw:
-                    return raw if key is None else raw[key]
+    nested, alone = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if nested.is_file() and "image_processor" in (settings := read_json(nested)):
+        return dict(settings["image_processor"])
+    if alone.is_file():
+        return read_json(alone)
     raise CheckpointError(
-        f"{folder} has no preprocessor_config.json, which says how its pictures are normalised; copy it from where the "
-        "model was published"
+        f"{folder} says nowhere how its pictures are normalised (it has neither {alone.name} nor a {nested.name} with "
+        "an image_processor); copy one from where the model was published"
     )
 
 
@@ -167,6 +164,20 @@ def spec_from_clip(config: Mapping[str, Any], images: Mapping[str, Any], where: 
         image_std=tuple(images.get("image_std", _OPENAI_STD)),
         interpolation=resample[images.get("resample", 3)],
     )
+
+
+def relative_layer(layer: int, tower: TowerSpec) -> int:
+    """Which block's output a layer of transformers, or of the original code, is: counted from the end.
+
+    Their layer 0 is what goes into the first block. Raises ConfigError when the tower has no such block.
+    """
+    relative = layer if layer < 0 else layer - tower.layers - 1
+    if not -tower.layers <= relative <= -1:
+        raise ConfigError(
+            f"the features are of layer {layer}, but the tower has {tower.layers} blocks; -1 (the last) to "
+            f"-{tower.layers} can be, or 1 to {tower.layers}"
+        )
+    return relative
 
 
 def spec_of_openai(clip: Mapping[str, LazyTensor]) -> TowerSpec:
@@ -237,24 +248,20 @@ def write_clip(
     The names begin with ``vision_model.``, which every version of transformers reads.
     """
     config = {"architectures": ["CLIPVisionModel"], **clip_config(tower.spec), "torch_dtype": _name(dtype)}
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", clip_image_processor(tower.spec))
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", clip_image_processor(tower.spec))
     tensors = [(f"vision_model.{name}", value.cast(dtype)) for name, value in tower_to_clip(tower.weights).items()]
-    return {"model.safetensors": write_safetensors(folder / "model.safetensors", tensors, progress)}
+    return {"model.safetensors": write_safetensors(folder / "model.safetensors", tensors, progress, verify=True)}
 
 
 def write_tower_folder(
     tower: StoredTower, folder: Path, dtype: torch.dtype, progress: Progress | None = None
 ) -> dict[str, FileRecord]:
     """Writes our own folder; returns the records of the files with tensors."""
-    _write_json(folder / TOWER_CONFIG_FILE, tower_config(tower.spec))
+    write_json(folder / TOWER_CONFIG_FILE, tower_config(tower.spec))
     tensors = [(name, value.cast(dtype)) for name, value in tower.weights.items()]
-    return {"model.safetensors": write_safetensors(folder / "model.safetensors", tensors, progress)}
+    return {"model.safetensors": write_safetensors(folder / "model.safetensors", tensors, progress, verify=True)}
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")

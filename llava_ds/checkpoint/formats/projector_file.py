@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from llava_ds.checkpoint.keymap import PROJECTOR, Weights, list_some, strip_prefix
+from llava_ds.checkpoint.keymap import Weights, list_some
 from llava_ds.checkpoint.lazy import LazyTensor
-from llava_ds.checkpoint.stored_model import StoredModel
 from llava_ds.checkpoint.tensor_files import open_tensors
 from llava_ds.errors import CheckpointError
 
@@ -74,13 +73,8 @@ def check_projector(weights: Mapping[str, LazyTensor], where: str) -> None:
         raise CheckpointError(f"{where}: the projector does not fit itself: {'; '.join(problems)}")
 
 
-def write_projector_file(model: StoredModel, file: Path) -> None:
-    """Writes ``model.mm_projector.*`` in the model's dtype. Raises CheckpointError when the file cannot be written."""
-    write_projector(strip_prefix(model.weights, PROJECTOR), file, model.dtype)
-
-
 def write_projector(weights: Mapping[str, LazyTensor], file: Path, dtype: torch.dtype) -> None:
-    """As ``write_projector_file``, of a projector alone."""
+    """Writes ``model.mm_projector.*`` in ``dtype``. Raises CheckpointError when the file cannot be written."""
     # Copies: of a slice, all that it is cut from would be saved.
     state = {f"model.{_PREFIX}{name}": value.cast(dtype).whole().clone() for name, value in weights.items()}
     try:
