@@ -115,11 +115,16 @@ def _patient_group() -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
-def run_on_main(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Runs ``work`` on rank 0 and gives its result, which must be picklable, to all; an error there reaches all."""
+def run_on_main_alone(ranks: Ranks, work: Callable[[], T]) -> T | None:
+    """Runs ``work`` on rank 0, which keeps its result; the others get None. An error there reaches all."""
     result, error = _attempt(work) if ranks.is_main else (None, None)
     _share_failure(ranks, error)
-    return gather_objects(ranks, result)[0]
+    return result
+
+
+def run_on_main(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Runs ``work`` on rank 0 and gives its result, which must be picklable, to all; an error there reaches all."""
+    return gather_objects(ranks, run_on_main_alone(ranks, work))[0]
 
 
 def check_agreement(ranks: Ranks, what: str, value: str) -> None:

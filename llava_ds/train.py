@@ -89,9 +89,9 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, resume: str | None, ran
     if config.prepare:
         config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, ranks)))
     check_inputs(config)
-    point = resume_point(run_dir, resume, config, ranks)
-    progress = point.progress if point else Progress()
     backends = resolve_backends(config, device, ranks)
+    point = resume_point(run_dir, resume, config, backends["packing"].name, ranks)
+    progress = point.progress if point else Progress()
     fill_bucket_sizes(ds_config, llm_hidden_size(config.model.llm))
 
     partitioned = backend.hold_partitioned_construction(ds_config)  # alive until the run ends

@@ -4,15 +4,15 @@
 ``step.json``, a copy of ``run.json``, ``manifest.json`` and, written last, ``COMPLETE``. Frozen weights are not stored:
 they are named in ``run.json``.
 
-``COMPLETE`` holds the sha256 of ``manifest.json``, which holds size and sha256 of every other file: what is not as it
-was written is found, and named.
+``COMPLETE`` holds the hash of ``manifest.json``, which holds size and hash of every other file: what is not as it was
+written is found, and named.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,12 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors import SafetensorError
 
 from llava_ds.constants import COMPLETE_MARKER
 from llava_ds.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
+_STEP_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class FileRecord:
     """What a manifest says of a file."""
 
     size: int
-    sha256: str
+    xxh128: str
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -51,9 +53,15 @@ def step_number(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def list_step_folders(run_dir: Path) -> list[Path]:
+    """The folders of a run's steps, complete or not, oldest first. What is called otherwise (a copy) is the user's."""
+    folders = [folder for folder in checkpoints_dir(run_dir).glob("step-*") if _STEP_NAME.fullmatch(folder.name)]
+    return sorted(folders, key=step_number)
+
+
 def list_steps(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in run_dir.glob(f"checkpoints/step-*/{COMPLETE_MARKER}"))
+    return [folder for folder in list_step_folders(run_dir) if (folder / COMPLETE_MARKER).is_file()]
 
 
 def resolve_step(path: Path) -> Path:
@@ -109,7 +117,7 @@ def commit(folder: Path, known: Mapping[str, FileRecord] | None = None) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
-    """Size and sha256 of every file of a complete folder, by name.
+    """Size and xxh128 of every file of a complete folder, by name.
 
     Raises CheckpointError when the folder is not complete, or the manifest is not the one that was committed.
     """
@@ -120,7 +128,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         expected = marker.read_text().strip()
     found = hash_file(manifest)
     if found != expected:
-        raise CheckpointError(f"{manifest}: {_differs('sha256', expected[:16] or 'none', found[:16])}")
+        raise CheckpointError(f"{manifest}: {_differs('xxh128', expected[:16] or 'none', found[:16])}")
     with reading(manifest):
         return {name: FileRecord(**record) for name, record in json.loads(manifest.read_text()).items()}
 
@@ -159,7 +167,7 @@ def _check_file(
         found = hash_file(file, progress)
     except CheckpointError as error:
         return str(error)
-    return None if found == expected.sha256 else _differs("sha256", expected.sha256[:16], found[:16])
+    return None if found == expected.xxh128 else _differs("xxh128", expected.xxh128[:16], found[:16])
 
 
 def _differs(what: str, expected: object, found: object) -> str:
@@ -167,8 +175,12 @@ def _differs(what: str, expected: object, found: object) -> str:
 
 
 def hash_file(file: Path, progress: Callable[[int], None] | None = None) -> str:
-    """The sha256 of a file. Raises CheckpointError when it cannot be read."""
-    digest = hashlib.sha256()
+    """The xxh128 of a file: XXH3 of 128 bits, which ``xxh128sum`` prints too. It finds every accident, at the speed of
+    the memory (a cryptographic hash takes longer than the disk); it is no defence against forgery.
+
+    Raises CheckpointError when the file cannot be read.
+    """
+    digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(1 << 22))
     with reading(file), file.open("rb", buffering=0) as handle:
         while size := handle.readinto(buffer):
@@ -182,6 +194,15 @@ def remove_folder(folder: Path) -> None:
     """Removes a checkpoint, its mark first: what is left of a removal that was cut off is never taken for whole."""
     (folder / COMPLETE_MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder)
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Writes a file such that it holds the old text or the new one, whatever happens."""
+    partial = file.with_name(f".{file.name}")
+    partial.write_text(text)
+    sync_to_disk(partial)
+    partial.rename(file)
+    sync_to_disk(file.parent)
 
 
 def sync_to_disk(path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,32 +10,26 @@ from pathlib import Path
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from llava_ds.checkpoint.formats.transformers import (
+from llava_ds.checkpoint.formats.transformers_export import (
     plan_transformers,
     projector_export,
     write_settings,
     write_transformers,
 )
 from llava_ds.checkpoint.keymap import llava_hf_names
-from llava_ds.checkpoint.layout import FileRecord, commit, find_damage, read_manifest, resolve_step, sync_to_disk
+from llava_ds.checkpoint.layout import FileRecord, commit, find_damage, read_manifest, resolve_step
 from llava_ds.checkpoint.lazy import in_memory
-from llava_ds.checkpoint.runs import Log, damage_message, open_run, say, weight_shards
+from llava_ds.checkpoint.new_folder import Phases, check_room, new_folder, no_phases, refuse_existing
+from llava_ds.checkpoint.recognise import recognise_layout
+from llava_ds.checkpoint.remarks import Log, say
+from llava_ds.checkpoint.runs import damage_message, open_run, weight_shards
+from llava_ds.checkpoint.shard_size import MAX_SHARD_BYTES
 from llava_ds.checkpoint.stored_model import StoredModel
-from llava_ds.checkpoint.writer import Progress, read_back
+from llava_ds.checkpoint.writer import Progress
 from llava_ds.errors import CheckpointError
 from llava_ds.models.build import without_memory
 
-MAX_SHARD_BYTES = 5_000_000_000
-_SPARE_BYTES = 64 << 20  # tokenizer and configs
 _NUM_READERS = 4
-
-Phases = Callable[[str, int], Progress]
-"""Is told what begins and how many bytes it takes; what it returns is told of bytes as they are done."""
-
-
-def no_phases(name: str, num_bytes: int) -> Progress:
-    """Says nothing."""
-    return lambda _: None
 
 
 def merge(
@@ -53,7 +45,7 @@ def merge(
     tensor has no source.
     """
     refuse_existing(out)
-    step = resolve_step(source)
+    step = _find_step(source)
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(check_step, step, phases)  # on a second core, while the first one writes
         try:
@@ -66,6 +58,13 @@ def merge(
             checked.result()  # what is wrong with a shard is said by its name and hash
             raise
     return projector_export(model)
+
+
+def _find_step(source: Path) -> Path:
+    layout = recognise_layout(source)
+    if layout != "llava_ds":
+        raise CheckpointError(f"{source} is no run: its layout is {layout}; tools/convert goes on from there")
+    return resolve_step(source)
 
 
 def _stopping(phases: Phases, checked: Future[None]) -> Phases:
@@ -92,17 +91,9 @@ def write_and_check(
     Raises CheckpointError when there is no room, or the disk does not hold what was written.
     """
     num_bytes = sum(tensor.num_bytes for _, tensor in plan_transformers(model))
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes + _SPARE_BYTES:
-        raise CheckpointError(
-            f"{folder.parent} has {free} bytes free, {num_bytes + _SPARE_BYTES} are needed.\n"
-            "  Make room, or choose another folder."
-        )
+    check_room(folder, num_bytes)
     with _one_thread():
         records = write_transformers(model, folder, max_shard_bytes, phases("writing", num_bytes))
-    progress = phases("reading back", sum(record.size for record in records.values()))
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        list(pool.map(lambda name: read_back(folder, {name: records[name]}, progress), records))
     return records
 
 
@@ -151,29 +142,3 @@ def _compare(expected: Mapping[str, tuple[int, ...]], planned: Mapping[str, tupl
                 for name in {**expected, **planned} if expected.get(name) != planned.get(name)]
     if problems:
         raise CheckpointError("transformers would not load what an export writes:\n  " + "\n  ".join(problems))
-
-
-def refuse_existing(out: Path) -> None:
-    """Raises CheckpointError when there is something at ``out``."""
-    if out.exists():
-        raise CheckpointError(f"{out} exists already; give another folder, or remove it first")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``out`` if all goes well, and else is removed.
-
-    Raises CheckpointError when it cannot be made.
-    """
-    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be made: {error}; give another folder") from error
-    try:
-        yield work
-        work.rename(out)
-        sync_to_disk(out.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

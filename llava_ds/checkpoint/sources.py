@@ -1,4 +1,4 @@
-"""Where a run's frozen weights come from: named in run.json by path and sha256, never copied.
+"""Where a run's frozen weights come from: named in run.json by path and xxh128, never copied.
 
 A file is hashed once: its hash is kept in the cache folder until its size or its times change.
 """
@@ -23,14 +23,16 @@ from llava_ds.models.build import llm_folder
 from llava_ds.models.vision_tower import tower_files
 
 _NUM_READERS = 4
+_SETTINGS = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+"""Files beside an LLM's weights that decide what it computes."""
 _SETTLED_NS = 2_000_000_000
 """A file that was written less than this ago may change again without a change of its times."""
 
 
 def describe_sources(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """What run.json keeps of the tower and the LLM that a run is built from: ``source`` and ``files`` (sha256 by path).
+    """What run.json keeps of the tower and the LLM that a run is built from: ``source`` and ``files`` (xxh128 by path).
 
-    A random part has no files.
+    A random part has no files. Of an LLM there are ``settings``, too: config and tokenizer, by path.
 
     Raises ConfigError or CheckpointError when there is no such part.
     """
@@ -49,14 +51,15 @@ def _describe_tower(config: ModelConfig) -> dict[str, Any]:
 
 def _describe_llm(config: ModelConfig, seed: int) -> dict[str, Any]:
     folder = llm_folder(config.llm)
-    described = {"source": config.llm, "folder": str(folder), "init": config.llm_init, "files": {}}
+    settings = describe_files(folder / name for name in _SETTINGS if (folder / name).is_file())
+    described = {"source": config.llm, "folder": str(folder), "init": config.llm_init, "settings": settings}
     if config.llm_init == "random":
-        return described | {"seed": seed}
+        return described | {"seed": seed, "files": {}}
     return described | {"files": describe_files([folder / "config.json", *find_weight_files(folder)])}
 
 
 def describe_files(files: Iterable[Path]) -> dict[str, str]:
-    """sha256 by absolute path. Raises CheckpointError when one cannot be read."""
+    """xxh128 by absolute path. Raises CheckpointError when one cannot be read."""
     # Only the folder is resolved: the hub's cache links to files without a suffix.
     return _hash_all([file.parent.resolve() / file.name for file in files])
 
@@ -66,15 +69,15 @@ def check_sources(recorded: Mapping[str, Any], parts: Iterable[str], fresh: bool
 
     ``fresh`` reads them again, even where their times say that nothing changed.
     """
-    check_files({file: sha256 for part in parts for file, sha256 in recorded[part]["files"].items()}, fresh)
+    check_files({file: xxh128 for part in parts for file, xxh128 in recorded[part]["files"].items()}, fresh)
 
 
 def check_files(expected: Mapping[str, str], fresh: bool = False) -> None:
-    """Raises CheckpointError that lists every file that is gone, or whose sha256 is another."""
+    """Raises CheckpointError that lists every file that is gone, or whose xxh128 is another."""
     found = _hash_all([Path(name) for name in expected if Path(name).is_file()], fresh)
     problems = [
-        f"{name}: sha256 {sha256[:16]} expected, {found[name][:16]} found" if name in found else f"{name}: is gone"
-        for name, sha256 in expected.items() if found.get(name) != sha256
+        f"{name}: xxh128 {xxh128[:16]} expected, {found[name][:16]} found" if name in found else f"{name}: is gone"
+        for name, xxh128 in expected.items() if found.get(name) != xxh128
     ]
     if problems:
         raise CheckpointError(
@@ -85,13 +88,13 @@ def check_files(expected: Mapping[str, str], fresh: bool = False) -> None:
 
 
 def _hash_all(files: Sequence[Path], fresh: bool = False) -> dict[str, str]:
-    """sha256 by path, several files at a time."""
+    """xxh128 by path, several files at a time."""
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         return dict(zip(map(str, files), pool.map(lambda file: hash_of(file, fresh), files), strict=True))
 
 
 def hash_of(file: Path, fresh: bool = False) -> str:
-    """The sha256 of a file, from the cache where neither size nor times changed since it was read.
+    """The xxh128 of a file, from the cache where neither size nor times changed since it was read.
 
     Raises CheckpointError when the file cannot be read.
     """
@@ -105,13 +108,13 @@ def hash_of(file: Path, fresh: bool = False) -> str:
     entry = cache_folder() / "hashes" / hashlib.sha256(facts.encode()).hexdigest()
     if not fresh:
         try:
-            return str(json.loads(entry.read_text())["sha256"])
+            return str(json.loads(entry.read_text())["xxh128"])
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not hashed yet
-    sha256 = hash_file(real)
+    xxh128 = hash_file(real)
     if time.time_ns() - before.st_mtime_ns > _SETTLED_NS:
-        _keep(entry, {"file": str(real), "sha256": sha256})
-    return sha256
+        _keep(entry, {"file": str(real), "xxh128": xxh128})
+    return xxh128
 
 
 def _keep(entry: Path, value: Mapping[str, str]) -> None:

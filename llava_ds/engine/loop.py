@@ -18,7 +18,7 @@ from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import Batch
 
 
-class Saver(Protocol):
+class StepSaver(Protocol):
     """Where checkpoints go (engine/saving.py). All ranks call the same methods in the same order."""
 
     def start(self, progress: Progress) -> None:
@@ -30,8 +30,11 @@ class Saver(Protocol):
     def fail(self, message: str) -> None:
         """Ends the run on all ranks when they next agree."""
 
-    def settle(self, num_done: int, num_failed: int) -> None:
+    def settle(self, num_done: int, num_failed: int, progress: Progress) -> None:
         """Takes the sum of all ranks' votes. Raises CheckpointError on every rank when something failed."""
+
+    def finish(self) -> None:
+        """Waits until the save that runs is committed."""
 
     def save_now(self, progress: Progress) -> None:
         """Saves a step and returns when it is committed."""
@@ -68,7 +71,7 @@ def train(
     supervised_tokens: Callable[[StepPlan], int],
     settings: LoopSettings,
     trackers: list[Tracker],
-    saver: Saver,
+    saver: StepSaver,
     progress: Progress,
 ) -> Progress:
     """Runs every planned step from ``progress`` on and saves at the end (and every ``save_steps``).
@@ -83,58 +86,76 @@ def train(
     """
     stream = iter(batches)
     engine.train()
-    for plan in plans:
-        started = time.perf_counter()
-        lr = engine.get_lr()[0]
-        micro_batches, failure = _next_batches(stream, len(plan.micro_batches))
-        waited = time.perf_counter() - started
-        num_supervised, num_bad = _agree(micro_batches, failure, saver, settings)
-        num_seen = progress.samples_seen + len(plan.slots)
-        if _too_many_bad(progress.bad_samples + num_bad, num_seen, settings.max_bad_frac):
-            if progress.step:
-                saver.save_now(progress)
-            raise _bad_samples_error(progress.bad_samples + num_bad, num_seen, progress.step, settings.max_bad_frac)
-        if not num_bad:
-            _check_planned(supervised_tokens(plan), num_supervised)
-        seed_step(settings.seed, progress.step + 1, settings.ranks.rank)
-        step_loss, num_tokens = _compute(engine, micro_batches, plan, progress.step + 1, num_supervised, settings)
-        totals = _sum_over_ranks(torch.tensor([step_loss, num_tokens, waited], dtype=torch.float64), settings)
-        progress.step += 1
-        progress.samples_seen += len(plan.slots)
-        progress.tokens_seen += int(totals[1])
-        progress.bad_samples += num_bad
-        progress.loss = float(totals[0])
-        progress.data_state = plan.state_after
-        if not math.isfinite(progress.loss):  # summed over the ranks: every one stops here
-            raise ConfigError(
-                f"the loss of step {progress.step} is {progress.loss}; nothing is saved from it.\n"
-                f"  Lower train.learning_rate={lr:g}, or look at the samples of the step."
-            )
-        seconds = time.perf_counter() - started
-        record = {
-            "step": progress.step,
-            "loss": progress.loss,
-            "lr": lr,
-            "grad_norm": _grad_norm(engine),
-            "samples_per_s": len(plan.slots) / seconds,
-            "tokens_per_s": float(totals[1]) / seconds,
-            "data_wait_frac": float(totals[2]) / settings.ranks.world_size / seconds,
-            "samples_seen": progress.samples_seen,
-            "tokens_seen": progress.tokens_seen,
-            "step_s": seconds,
-            "bad_samples": progress.bad_samples,
-        }
-        try:
-            for tracker in trackers:
-                tracker.log(record)
-        except OSError as error:  # of rank 0: the others hear of it with the next step
-            saver.fail(f"the numbers of step {progress.step} cannot be written: {error}")
-        if settings.save_steps and progress.step % settings.save_steps == 0:
-            saver.start(progress)
+    try:
+        for plan in plans:
+            record = _train_step(engine, stream, plan, supervised_tokens, settings, saver, progress)
+            try:
+                for tracker in trackers:
+                    tracker.log(record)
+            except OSError as error:  # of rank 0: the others hear of it with the next step
+                saver.fail(f"the numbers of step {progress.step} cannot be written: {error}")
+            if settings.save_steps and progress.step % settings.save_steps == 0:
+                saver.start(progress)
+    except (ConfigError, DataError):  # which all ranks raise together
+        saver.finish()
+        raise
     saver.save_now(progress)
     for tracker in trackers:
         tracker.close()
     return progress
+
+
+def _train_step(
+    engine: Any,
+    stream: Iterator[Batch],
+    plan: StepPlan,
+    supervised_tokens: Callable[[StepPlan], int],
+    settings: LoopSettings,
+    saver: StepSaver,
+    progress: Progress,
+) -> dict[str, Any]:
+    """One planned step: ``progress`` goes on, and its numbers are returned. Raises as ``train`` does."""
+    started = time.perf_counter()
+    lr = engine.get_lr()[0]
+    micro_batches, failure = _next_batches(stream, len(plan.micro_batches))
+    waited = time.perf_counter() - started
+    num_supervised, num_bad = _agree(micro_batches, failure, saver, progress, settings)
+    num_seen = progress.samples_seen + len(plan.slots)
+    if _too_many_bad(progress.bad_samples + num_bad, num_seen, settings.max_bad_frac):
+        if progress.step:
+            saver.save_now(progress)
+        raise _bad_samples_error(progress.bad_samples + num_bad, num_seen, progress.step, settings.max_bad_frac)
+    if not num_bad:
+        _check_planned(supervised_tokens(plan), num_supervised)
+    seed_step(settings.seed, progress.step + 1, settings.ranks.rank)
+    step_loss, num_tokens = _compute(engine, micro_batches, plan, progress.step + 1, num_supervised, settings)
+    totals = _sum_over_ranks(torch.tensor([step_loss, num_tokens, waited], dtype=torch.float64), settings)
+    progress.step += 1
+    progress.samples_seen += len(plan.slots)
+    progress.tokens_seen += int(totals[1])
+    progress.bad_samples += num_bad
+    progress.loss = float(totals[0])
+    progress.data_state = plan.state_after
+    if not math.isfinite(progress.loss):  # summed over the ranks: every one stops here
+        raise ConfigError(
+            f"the loss of step {progress.step} is {progress.loss}; nothing is saved from it.\n"
+            f"  Lower train.learning_rate={lr:g} in a new run, which may start from the last checkpoint "
+            "(model.init_from), or look at the samples of the step."
+        )
+    seconds = time.perf_counter() - started
+    return {
+        "step": progress.step,
+        "loss": progress.loss,
+        "lr": lr,
+        "grad_norm": _grad_norm(engine),
+        "samples_per_s": len(plan.slots) / seconds,
+        "tokens_per_s": float(totals[1]) / seconds,
+        "data_wait_frac": float(totals[2]) / settings.ranks.world_size / seconds,
+        "samples_seen": progress.samples_seen,
+        "tokens_seen": progress.tokens_seen,
+        "step_s": seconds,
+        "bad_samples": progress.bad_samples,
+    }
 
 
 def _compute(
@@ -165,7 +186,11 @@ def _next_batches(stream: Iterator[Batch], count: int) -> tuple[list[Batch], Dat
 
 
 def _agree(
-    batches: Sequence[Batch], failure: DataError | None, saver: Saver, settings: LoopSettings
+    batches: Sequence[Batch],
+    failure: DataError | None,
+    saver: StepSaver,
+    progress: Progress,
+    settings: LoopSettings,
 ) -> tuple[int, int]:
     """Supervised tokens and bad samples of a step over all ranks, and the state of the save that runs.
 
@@ -179,7 +204,7 @@ def _agree(
             if message is not None:
                 where = f"rank {rank}: " if settings.ranks.world_size > 1 else ""
                 raise DataError(where + message, on_every_rank=True) from failure
-    saver.settle(num_saved, num_not_saved)
+    saver.settle(num_saved, num_not_saved, progress)
     return num_supervised, num_bad
 
 

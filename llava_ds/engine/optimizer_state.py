@@ -82,12 +82,17 @@ def _stage_3(optimizer: Any, names: Mapping[int, str]) -> Iterator[Place]:
 
 
 def _stages_1_and_2(optimizer: Any, names: Mapping[int, str]) -> Iterator[Place]:
-    for group, owner in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-        for parameter in group:
-            mapping = parameter._hp_mapping
-            if mapping is not None:  # none where the parameter lies outside this rank's cut
-                inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
-                yield Place(names[id(parameter)], outside.start, owner, inside.start, inside.numel)
+    # Not by DeepSpeed's own map (_hp_mapping): with round_robin_gradients that is of another order than the buffer.
+    groups = zip(
+        optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets,
+        optimizer.single_partition_of_fp32_groups, optimizer.real_dp_process_group, strict=True,
+    )
+    for parameters, offsets, owner, group in groups:
+        begin = dist.get_rank(group=group) * owner.numel()
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            first, last = max(offset, begin), min(offset + parameter.numel(), begin + owner.numel())
+            if first < last:
+                yield Place(names[id(parameter)], first - offset, owner, first - begin, last - first)
 
 
 def _stage_0_of_16_bit(optimizer: Any, names: Mapping[int, str]) -> Iterator[Place]:
@@ -106,6 +111,24 @@ def _share(places: list[Place], ranks: Ranks) -> Iterator[Place]:
         if first < last:
             yield Place(place.parameter, first, place.owner, first, last - first)
         position += place.length
+
+
+def find_misplaced(engine: Any, places: list[Place]) -> list[str]:
+    """Parameters whose fp32 weights are not what the model computes with, before training: where ``places`` are wrong.
+
+    Every option of DeepSpeed may lay its buffers out in another way; this sees it before anything is saved.
+    """
+    parameters = dict(engine.module.named_parameters())
+    wrong = []
+    for place in places:
+        parameter = parameters[place.parameter]
+        if hasattr(parameter, "ds_tensor"):  # this rank's partition; places of stage 3 begin where it does
+            own = parameter.ds_tensor.detach().view(-1)[: place.length]
+        else:
+            own = parameter.detach().view(-1)[place.start : place.start + place.length]
+        if not torch.equal(place.of(place.owner).to(own.device, own.dtype), own):
+            wrong.append(place.parameter)
+    return sorted(set(wrong))
 
 
 def live_fragments(engine: Any, places: list[Place]) -> list[Fragment]:

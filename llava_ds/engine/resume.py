@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,15 @@ from llava_ds.checkpoint.fragments import STEP_FILE, open_optimizer, open_weight
 from llava_ds.checkpoint.layout import (
     checkpoints_dir,
     find_damage,
+    list_step_folders,
     list_steps,
     read_manifest,
     reading,
     step_dir,
     step_number,
 )
-from llava_ds.checkpoint.sources import describe_sources
-from llava_ds.config import RunConfig
+from llava_ds.checkpoint.sources import describe_sources, hash_of
+from llava_ds.config import RunConfig, parse_config
 from llava_ds.constants import COMPLETE_MARKER
 from llava_ds.distributed import Ranks, gather_objects, run_on_main
 from llava_ds.engine.optimizer_state import held_places, restore
@@ -39,6 +41,10 @@ _MAY_CHANGE = {
 }
 
 
+TRIAL_PREFIX = "trial-"
+"""Of folders in which an export is tried."""
+
+
 @dataclass(frozen=True)
 class ResumePoint:
     """The checkpoint that a run goes on from: its folder, run.json, step.json, and where training stands there."""
@@ -49,23 +55,25 @@ class ResumePoint:
     progress: Progress
 
 
-def resume_point(run_dir: Path, asked: str | None, config: RunConfig, ranks: Ranks) -> ResumePoint | None:
+def resume_point(
+    run_dir: Path, asked: str | None, config: RunConfig, packing: str, ranks: Ranks
+) -> ResumePoint | None:
     """Where the run in a folder goes on: None without ``--resume``, or where there is no checkpoint. Collective.
 
-    ``asked`` is what ``--resume`` says: ``last``, or the number of a step.
+    ``asked`` is what ``--resume`` says: ``last``, or the number of a step. ``packing`` is what it will be now.
 
     Raises CheckpointError when there is no whole checkpoint to go on from, ConfigError when it is of another run.
     """
     if asked is None:
         return None
-    if asked != "last" and not asked.isdigit():
+    if asked != "last" and not (asked.isascii() and asked.isdecimal()):
         raise ConfigError(f"--resume {asked}: give the number of a step, or nothing for the last good checkpoint")
     log = print if ranks.is_main else _silent
     point = find_resume_point(run_dir, None if asked == "last" else int(asked), ranks, log)
     if point is None:
         log(f"--resume: {run_dir} has no checkpoint yet; the run starts at its beginning")
         return None
-    run_on_main(ranks, lambda: check_same_run(point, config, ranks))
+    run_on_main(ranks, lambda: check_same_run(point, config, packing, ranks))
     return point
 
 
@@ -130,14 +138,13 @@ def _find_damage(folder: Path, run_dir: Path, ranks: Ranks) -> list[str]:
 
 def _foreign(folder: Path, run_dir: Path) -> list[str]:
     """A checkpoint of another run, copied into this one's folder."""
-    own = run_dir / "run.json"
-    if not own.is_file():
-        return []
-    ids = []
-    for file in (own, folder / "run.json"):
-        with reading(file):
-            ids.append(json.loads(file.read_text())["run_id"])
-    return [] if ids[0] == ids[1] else [f"{folder} is of the run {ids[1]}, and {run_dir} is of {ids[0]}"]
+    with reading(folder / "run.json") as file:
+        of_step = json.loads(file.read_text())["run_id"]
+    try:
+        of_run = json.loads((run_dir / "run.json").read_text())["run_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # it is gone or broken, and is written anew from here
+    return [] if of_step == of_run else [f"{folder} is of the run {of_step}, and {run_dir} is of {of_run}"]
 
 
 def _read_point(folder: Path) -> ResumePoint:
@@ -149,9 +156,9 @@ def _read_point(folder: Path) -> ResumePoint:
     return ResumePoint(folder, run, state, progress)
 
 
-def check_same_run(point: ResumePoint, config: RunConfig, ranks: Ranks) -> None:
+def check_same_run(point: ResumePoint, config: RunConfig, packing: str, ranks: Ranks) -> None:
     """Raises ConfigError that lists every setting which differs from the run's and may not."""
-    before = RunConfig.model_validate(point.run["config"])
+    before = parse_config(point.run["config"], where=f"{point.folder / 'run.json'}, of another version")
     old, new = dict(_flatten(before.model_dump())), dict(_flatten(config.model_dump()))
     problems = [
         f"{key}: {old.get(key)!r} in the run, {new.get(key)!r} now"
@@ -159,14 +166,20 @@ def check_same_run(point: ResumePoint, config: RunConfig, ranks: Ranks) -> None:
         if old.get(key) != new.get(key) and _without_numbers(key) not in _MAY_CHANGE
     ]
     sizes = [
-        (settings.micro_batch_size, settings.micro_batch_tokens, world_size)
-        for settings, world_size in ((before.train, point.state["world_size"]), (config.train, ranks.world_size))
+        (one.train.micro_batch_size, one.train.micro_batch_tokens, world_size, name)
+        for one, world_size, name in (
+            (before, point.state["world_size"], point.run["packing"]["name"]), (config, ranks.world_size, packing)
+        )
     ]
     if config.train.loss_averaging == "per_micro_batch" and sizes[0] != sizes[1]:
-        names = "train.micro_batch_size, train.micro_batch_tokens, ranks"
+        names = "train.micro_batch_size, train.micro_batch_tokens, ranks, packing"
         problems.append(
             f"{names}: {sizes[0]} in the run, {sizes[1]} now; train.loss_averaging=per_micro_batch needs them unchanged"
         )
+    for entry, old_entry in zip(config.data.sources(), point.run["data"], strict=False):
+        hashes = (old_entry["xxh128"], hash_data(entry.path))
+        if hashes[0] != hashes[1]:
+            problems.append(f"{entry.path}: xxh128 {str(hashes[0])[:16]} in the run, {str(hashes[1])[:16]} now")
     sources = describe_sources(config.model, config.seed)
     problems += _changed_sources(point.run["sources"], sources, config.train.trainable)
     if problems:
@@ -175,6 +188,11 @@ def check_same_run(point: ResumePoint, config: RunConfig, ranks: Ranks) -> None:
             + "\n  ".join(problems)
             + "\n  Set them back, or start a new run from its weights with model.init_from."
         )
+
+
+def hash_data(path: str) -> str | None:
+    """The xxh128 of a data set that is one file; None for a folder or a URL, whose samples' lengths must do."""
+    return hash_of(Path(path)) if Path(path).is_file() else None
 
 
 def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -198,13 +216,14 @@ def _changed_sources(old: Mapping[str, Any], new: Mapping[str, Any], trainable: 
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 shown = [str(value)[:16] for value in (before.get(name), now.get(name))]
-                yield f"model.{part}: {name} has sha256 {shown[0]} in the run, {shown[1]} now"
+                yield f"model.{part}: {name} has xxh128 {shown[0]} in the run, {shown[1]} now"
 
 
 def _hashes(source: Mapping[str, Any], trained: bool) -> dict[str, str]:
-    """sha256 by file name; of a part that trains, its first weights do not matter any more."""
-    files = {Path(file).name: sha256 for file, sha256 in source.get("files", {}).items()}
-    return {name: sha256 for name, sha256 in files.items() if name.endswith(".json") or not trained}
+    """xxh128 by file name; of a part that trains, its first weights do not matter any more."""
+    files = {Path(file).name: xxh128 for file, xxh128 in {**source["files"], **source.get("settings", {})}.items()}
+    weights = (".safetensors", ".bin", ".index.json")
+    return {name: xxh128 for name, xxh128 in files.items() if not (trained and name.endswith(weights))}
 
 
 def restore_training(engine: Any, point: ResumePoint, data_digest: str) -> None:
@@ -226,16 +245,17 @@ def restore_training(engine: Any, point: ResumePoint, data_digest: str) -> None:
 
 
 def set_aside_newer(run_dir: Path, step: int, log: Callable[[str], None] = print) -> None:
-    """Moves every checkpoint after ``step`` out of the way, and removes those that were never finished."""
-    for folder in sorted(checkpoints_dir(run_dir).glob("step-*")):
-        if step_number(folder) <= step:
-            continue
+    """Moves every checkpoint after ``step`` out of the way, and removes what was never finished."""
+    for scratch in checkpoints_dir(run_dir).glob(f"{TRIAL_PREFIX}*"):
+        shutil.rmtree(scratch)
+    for folder in list_step_folders(run_dir):
         if not (folder / COMPLETE_MARKER).is_file():
-            log(f"{folder} was not finished; its step is computed again")
-            continue  # the next save of that step takes its place
-        aside = _free_name(folder.with_name(f"set-aside-{folder.name}"))
-        folder.rename(aside)
-        log(f"{folder} is newer than the step that is resumed; it is now {aside}")
+            log(f"{folder} was not finished; it is removed")
+            shutil.rmtree(folder)
+        elif step_number(folder) > step:
+            aside = _free_name(folder.with_name(f"set-aside-{folder.name}"))
+            folder.rename(aside)
+            log(f"{folder} is newer than the step that is resumed; it is now {aside}")
 
 
 def _free_name(path: Path) -> Path:

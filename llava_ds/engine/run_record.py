@@ -14,11 +14,12 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+from llava_ds.checkpoint.layout import list_steps, replace_file
 from llava_ds.checkpoint.sources import describe_sources
 from llava_ds.config import RunConfig
 from llava_ds.data.build import TrainingData
-from llava_ds.distributed import Ranks
-from llava_ds.engine.resume import ResumePoint, set_aside_newer
+from llava_ds.distributed import Ranks, run_on_main_alone
+from llava_ds.engine.resume import ResumePoint, hash_data, set_aside_newer
 from llava_ds.engine.training_state import Progress
 from llava_ds.errors import ConfigError
 from llava_ds.metrics.plots import plot_loss
@@ -77,10 +78,25 @@ def start_run(
     its folder; what is newer in it is set aside.
 
     Returns the lock that keeps a second run out of the folder; hold it until the run ends.
-    Raises ConfigError when another run holds it, or the folder cannot be made.
+    Raises ConfigError on every rank when another run holds it, or the folder cannot be made.
     """
-    if not ranks.is_main:
-        return None
+    return run_on_main_alone(
+        ranks,
+        lambda: _start_on_main(run_dir, config, ds_config, model, backends, initial_weights, data, ranks, point),
+    )
+
+
+def _start_on_main(
+    run_dir: Path,
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    model: Llava,
+    backends: Mapping[str, Backend],
+    initial_weights: dict[str, Any],
+    data: TrainingData,
+    ranks: Ranks,
+    point: ResumePoint | None,
+) -> IO[str]:
     lock = _claim(run_dir, keep=point is not None)
     plan = data.plan
     resumed = [] if point is None else [*point.run["resumed"], {"step": point.progress.step,
@@ -97,7 +113,8 @@ def start_run(
         "num_samples": plan.num_samples,
         "num_steps": plan.num_steps,
         "data": [
-            entry.model_dump() | {"num_records": len(source), "fingerprint": source.fingerprint}
+            entry.model_dump()
+            | {"num_records": len(source), "fingerprint": source.fingerprint, "xxh128": hash_data(entry.path)}
             for entry, source in zip(config.data.sources(), plan.source.sources, strict=True)
         ],
         "skipped": dict(data.skipped),
@@ -107,9 +124,7 @@ def start_run(
     }
     if point is not None:
         set_aside_newer(run_dir, point.progress.step)
-    partial = run_dir / ".run.json"
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.rename(run_dir / "run.json")
+    replace_file(run_dir / "run.json", json.dumps(record, indent=1) + "\n")
     print(f"{config.name}: {plan.num_samples} samples, {plan.num_steps} steps, {ranks.world_size} rank(s)")
     print("; ".join(f"{name}: {backend.name} ({backend.reason})" for name, backend in backends.items()))
     if data.skipped:
@@ -123,10 +138,11 @@ def start_run(
 
 def _claim(run_dir: Path, keep: bool = False) -> IO[str]:
     """A locked run folder. It is empty, as a finished run in it moves aside, unless the run goes on (``keep``)."""
+    run_dir = run_dir.resolve()  # what a link names moves, not the link
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = _hold(run_dir, fcntl.LOCK_EX)
-        if keep or not (run_dir / "run.json").exists():
+        if keep or not ((run_dir / "run.json").exists() or list_steps(run_dir)):
             return lock
         number = next(n for n in count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
         aside = run_dir.with_name(f"{run_dir.name}.{number}")

@@ -31,9 +31,9 @@ from llava_ds.checkpoint.layout import (
 from llava_ds.checkpoint.writer import write_safetensors
 from llava_ds.distributed import Ranks, gather_objects
 from llava_ds.engine.deepspeed_backend import full_shape, trained_parameters
-from llava_ds.engine.optimizer_state import Place, live_fragments, optimizer_steps, own_places
+from llava_ds.engine.optimizer_state import Place, find_misplaced, live_fragments, optimizer_steps, own_places
 from llava_ds.engine.training_state import Progress, describe_state
-from llava_ds.errors import CheckpointError
+from llava_ds.errors import CheckpointError, ConfigError, DataError
 
 _ADAMW_BYTES = 12  # of an element: weight and two moments in fp32
 _SPARE_BYTES = 16 << 20  # for the small files of a checkpoint, and what else writes to the disk meanwhile
@@ -66,14 +66,16 @@ class _Writing:
 class Saver:
     """Saves the steps of a run. All ranks call the same methods in the same order.
 
-    ``facts`` go into every step.json. ``on_first_commit`` is called on rank 0 with the first folder that is committed;
-    a CheckpointError or ConfigError that it raises ends the run on all ranks.
+    ``run_record`` is the text of run.json, a copy of which goes into every checkpoint; ``facts`` go into step.json.
+    ``on_first_commit`` is called on rank 0 with the first folder that is committed; what it raises ends the run on all
+    ranks.
     """
 
     engine: Any
     run_dir: Path
     ranks: Ranks
     policy: SavePolicy
+    run_record: str = "{}"
     facts: Mapping[str, Any] = field(default_factory=dict)
     on_first_commit: Callable[[Path], None] | None = None
     committed: int | None = None
@@ -81,8 +83,23 @@ class Saver:
     log: Callable[[str], None] = print
     _writing: _Writing | None = None
     _failure: str | None = None
-    _places: list[Place] = field(default_factory=list)
+    """Of rank 0's part in a save."""
+    _complaint: str | None = None
+    """Of something else, for which the run ends."""
+    _places: list[Place] = field(init=False)
     _buffers: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on every rank when DeepSpeed keeps the optimizer in a way that cannot be saved."""
+        self._places = own_places(self.engine, self.ranks)
+        misplaced = gather_objects(self.ranks, find_misplaced(self.engine, self._places))
+        if any(misplaced):
+            rank = next(rank for rank, names in enumerate(misplaced) if names)
+            raise ConfigError(
+                f"rank {rank}: the optimizer's fp32 weights of {', '.join(misplaced[rank][:5])} are not those that the "
+                "model computes with, so nothing could be saved rightly.\n  Take one of ds_configs/, or leave out the "
+                "keys of the DeepSpeed JSON that these do not have."
+            )
 
     def start(self, progress: Progress) -> None:
         """Begins to save a step and returns when training may go on. A save that still runs is waited for.
@@ -91,11 +108,10 @@ class Saver:
         """
         begin = time.perf_counter()
         self.finish()
-        self._places = self._places or own_places(self.engine, self.ranks)
         folder = step_dir(self.run_dir, progress.step)
         if self.ranks.is_main:
             self._note_failure(lambda: self._make_room(folder, progress.step))
-        self._raise_on_all()  # also lets no rank write before the folder is there
+        self._raise_on_all(self._failure)  # also lets no rank write before the folder is there
         fragments = live_fragments(self.engine, self._places)
         if self.policy.in_background:
             fragments = self._copy(fragments)
@@ -111,36 +127,42 @@ class Saver:
     def votes(self) -> tuple[int, int]:
         """(1, 0) when this rank has written its files, (0, 1) when something failed, else (0, 0): to be summed up."""
         writing = self._writing
-        if self._failure or (writing and writing.failure):
+        if self._failure or self._complaint or (writing and writing.failure):
             return 0, 1
         return (1, 0) if writing and writing.finished else (0, 0)
 
     def fail(self, message: str) -> None:
-        """Something else of the run could not be written: all ranks end when they next agree."""
-        self._failure = message
+        """Something else of the run could not be written: all ranks save and end when they next agree."""
+        self._complaint = message
 
-    def settle(self, num_done: int, num_failed: int) -> None:
-        """Commits when all ranks are done. Raises CheckpointError on every rank when one failed."""
+    def settle(self, num_done: int, num_failed: int, progress: Progress) -> None:
+        """Commits when all ranks are done. When one failed, saves what can be saved (``progress``) and raises
+        CheckpointError on every rank."""
         if num_failed:
-            self._raise(self._all_failures())
-        if self._writing and num_done == self.ranks.world_size:
+            self.save_now(progress)
+        elif self._writing and num_done == self.ranks.world_size:
             self._commit(self._writing)
 
     def finish(self) -> None:
-        """Waits until the save that runs is committed. Raises CheckpointError on every rank when one failed."""
+        """Waits until the save that runs is committed. Raises CheckpointError on every rank when that failed."""
         if self._writing and self._writing.thread:
             self._writing.thread.join()
-        self._raise_on_all()
-        if self._writing:
+            failures = gather_objects(self.ranks, self._writing.failure)
+            if any(failures):
+                self._raise(failures)
             self._commit(self._writing)
-            self._raise_on_all()
+        self._raise_on_all(self._failure)
 
     def save_now(self, progress: Progress) -> None:
-        """Saves a step, unless it is saved, and returns when it is committed. Raises CheckpointError as ``finish``."""
+        """Saves a step, unless it is saved, and returns when it is committed.
+
+        Raises CheckpointError on every rank when that failed, or ``fail`` was called on one: then after saving.
+        """
         self.finish()
         if self.committed != progress.step:
             self.start(progress)
             self.finish()
+        self._raise_on_all(self._complaint)
 
     def _make_room(self, folder: Path, step: int) -> None:
         if folder.exists():
@@ -195,7 +217,7 @@ class Saver:
             note = self._note(writing, self.ranks.rank)
             note.write_text(json.dumps(records))
         except Exception as error:  # of a thread it would be lost
-            writing.failure = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+            writing.failure = _describe(error)
         finally:
             writing.finished = True
 
@@ -219,12 +241,12 @@ class Saver:
             "parameters": self._shapes(), "saved": saved,
         }
         (writing.folder / STEP_FILE).write_text(json.dumps(state, indent=1) + "\n")
-        shutil.copyfile(self.run_dir / "run.json", writing.folder / "run.json")
+        (writing.folder / "run.json").write_text(self.run_record)
         metrics = self.run_dir / "metrics.jsonl"
         if metrics.is_file():
             sync_to_disk(metrics)  # a committed step has its line in it
         commit(writing.folder, records)
-        self._prune()
+        self._prune(writing.progress.step)
         callback, self.on_first_commit = self.on_first_commit, None
         if callback:
             callback(writing.folder)
@@ -244,8 +266,9 @@ class Saver:
             note.unlink()
         return records
 
-    def _prune(self) -> None:
-        for folder in list_steps(self.run_dir)[: -self.policy.keep_last]:
+    def _prune(self, last: int) -> None:
+        steps = [folder for folder in list_steps(self.run_dir) if step_number(folder) <= last]
+        for folder in steps[: -self.policy.keep_last]:
             every = self.policy.keep_every
             if every and step_number(folder) and step_number(folder) % every == 0:
                 continue
@@ -258,19 +281,16 @@ class Saver:
         """Keeps what went wrong until all ranks can hear of it."""
         try:
             work()
-        except (CheckpointError, OSError, ValueError) as error:  # ConfigError is a ValueError
-            self._failure = str(error)
+        except Exception as error:  # of rank 0 alone, while the others go on
+            self._failure = _describe(error)
 
-    def _raise_on_all(self) -> None:
-        failures = self._all_failures()
+    def _raise_on_all(self, failure: str | None) -> None:
+        failures = gather_objects(self.ranks, failure)
         if any(failures):
             self._raise(failures)
 
-    def _all_failures(self) -> list[str | None]:
-        return gather_objects(self.ranks, self._failure or (self._writing.failure if self._writing else None))
-
     def _raise(self, failures: Sequence[str | None]) -> None:
-        writing, self._writing, self._failure = self._writing, None, None
+        writing, self._writing, self._failure, self._complaint = self._writing, None, None, None
         if writing and self.ranks.is_main:
             shutil.rmtree(writing.folder, ignore_errors=True)
         rank = next(rank for rank, failure in enumerate(failures) if failure)
@@ -278,3 +298,9 @@ class Saver:
         steps = list_steps(self.run_dir)
         last = f"Step {step_number(steps[-1])} is the last that is saved" if steps else "No step is saved"
         raise CheckpointError(f"{where}{failures[rank]}\n  {last}; start again with --resume.", on_every_rank=True)
+
+
+def _describe(error: Exception) -> str:
+    """An error of ours by its message, any other with its type."""
+    ours = isinstance(error, CheckpointError | ConfigError | DataError)
+    return str(error) if ours else f"{type(error).__name__}: {error}"

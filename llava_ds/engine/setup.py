@@ -17,10 +17,10 @@ from llava_ds.checkpoint.lazy import LazyTensor
 from llava_ds.checkpoint.merge import trial_export
 from llava_ds.checkpoint.runs import open_run
 from llava_ds.config import RunConfig, TrainConfig
-from llava_ds.distributed import Ranks, gather_objects, run_on_main_first
+from llava_ds.distributed import Ranks, gather_objects, run_on_main_alone, run_on_main_first
 from llava_ds.engine.deepspeed_backend import load_full_parameter
 from llava_ds.engine.loop import Tracker
-from llava_ds.engine.resume import ResumePoint
+from llava_ds.engine.resume import TRIAL_PREFIX, ResumePoint
 from llava_ds.engine.saving import SavePolicy, Saver
 from llava_ds.engine.training_state import Progress
 from llava_ds.errors import ConfigError
@@ -57,7 +57,7 @@ def load_initial_weights(model: nn.Module, init_from: str | None, run_dir: Path,
     # Rank 0 reads and hashes the files; the others find the hashes kept.
     initial = run_on_main_first(ranks, lambda: open_initial(Path(init_from), fresh=ranks.is_main))
     if any(Path(file).is_relative_to(run_dir.resolve()) for source in initial.record["sources"]
-           for file in source["sha256"]):
+           for file in source["xxh128"]):
         raise ConfigError(
             f"model.init_from={init_from!r} lies in {run_dir}, which this run would set aside; give another --run-dir"
         )
@@ -72,7 +72,8 @@ def load_resumed_weights(model: nn.Module, point: ResumePoint, ranks: Ranks) -> 
     """
     weights, record = open_weights(point.folder), point.run["initial_weights"]
     inherited = [name for name, _ in model.named_parameters() if name not in weights]
-    _load(model, reopen_initial(record, point.folder, inherited) | weights, ranks)
+    started_from = run_on_main_first(ranks, lambda: reopen_initial(record, point.folder, inherited))
+    _load(model, started_from | weights, ranks)
     return record
 
 
@@ -85,23 +86,24 @@ def _load(model: nn.Module, weights: Mapping[str, LazyTensor], ranks: Ranks) -> 
 def build_saver(
     engine: Any, run_dir: Path, train: TrainConfig, ranks: Ranks, data_digest: str, progress: Progress
 ) -> Saver:
-    """What saves the run's steps; a run that begins is saved at once (``train.trial_save``).
+    """What saves the run's steps; a run that begins is saved, and its export tried, at once (``train.trial_save``).
 
-    Raises CheckpointError on every rank when there is no room.
+    Raises CheckpointError on every rank when the run could not be saved or exported at its end.
     """
     policy = SavePolicy(train.keep_last, train.keep_every, train.save_in_background)
-    saver = Saver(engine, run_dir, ranks, policy, {"data_digest": data_digest})
+    run_record = (run_dir / "run.json").read_text() if ranks.is_main else ""
+    saver = Saver(engine, run_dir, ranks, policy, run_record, {"data_digest": data_digest})
     if progress.step:
         saver.committed = progress.step
     elif train.trial_save:
         saver.on_first_commit = _try_export
-        saver.start(progress)
+        saver.save_now(progress)
     return saver
 
 
 def _try_export(step: Path) -> None:
     """Raises CheckpointError or ConfigError when the run could be trained, but not be exported at its end."""
-    with tempfile.TemporaryDirectory(dir=step.parent, prefix="trial-") as scratch:
+    with tempfile.TemporaryDirectory(dir=step.parent, prefix=TRIAL_PREFIX) as scratch:
         trial_export(open_run(step), Path(scratch))
 
 
@@ -110,8 +112,10 @@ def build_trackers(run_dir: Path, num_steps: int, config: RunConfig, ranks: Rank
 
     ``num_done`` steps of the run have been logged already.
     """
-    if not ranks.is_main:
-        return []
+    return run_on_main_alone(ranks, lambda: _trackers_of_main(run_dir, num_steps, config, num_done)) or []
+
+
+def _trackers_of_main(run_dir: Path, num_steps: int, config: RunConfig, num_done: int) -> list[Tracker]:
     extra = [EXTRA_TRACKERS[name](run_dir, config.name, num_done) for name in config.track]
     return [ProgressBar(num_steps, config.name, num_done), JsonlTracker(run_dir / "metrics.jsonl", num_done), *extra]
 

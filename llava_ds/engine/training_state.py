@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,7 +35,8 @@ def describe_state(engine: Any, progress: Progress) -> dict[str, Any]:
     scheduler = engine.lr_scheduler.state_dict()
     scaler = _loss_scaler(engine) if engine.fp16_enabled() else None
     return {
-        "progress": asdict(progress),
+        # Before the first step there is no loss, and NaN is no JSON.
+        "progress": asdict(progress) | {"loss": progress.loss if math.isfinite(progress.loss) else None},
         # The functions of the schedule are made anew from the recipe.
         "schedule": {key: value for key, value in scheduler.items() if key != "lr_lambdas"},
         "loss_scale": {key: getattr(scaler, key) for key in _SCALE if hasattr(scaler, key)},
@@ -45,7 +47,8 @@ def describe_state(engine: Any, progress: Progress) -> dict[str, Any]:
 def read_progress(state: dict[str, Any]) -> Progress:
     """The progress that ``describe_state`` wrote."""
     raw = state["progress"]
-    return Progress(**{**raw, "data_state": DataState(**raw["data_state"])})
+    loss = float("nan") if raw["loss"] is None else raw["loss"]
+    return Progress(**{**raw, "loss": loss, "data_state": DataState(**raw["data_state"])})
 
 
 def apply_state(engine: Any, state: dict[str, Any]) -> None:

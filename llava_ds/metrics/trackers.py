@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava_ds.errors import BackendUnavailableError
+from llava_ds.errors import BackendUnavailableError, DataError
 
 
 class ProgressBar:
@@ -45,13 +46,20 @@ class ProgressBar:
 class JsonlTracker:
     """One JSON object a step in ``metrics.jsonl``.
 
-    A run that goes on after ``num_done`` steps keeps their lines and drops later ones: no step stands twice.
+    A run that goes on after ``num_done`` steps keeps their lines and drops later ones: no step stands twice. Lines that
+    are missing are named.
     """
 
     def __init__(self, path: Path, num_done: int = 0) -> None:
         kept = [record for record in read_metrics(path) if record["step"] <= num_done] if num_done else []
+        missing = sorted(set(range(1, num_done + 1)) - {record["step"] for record in kept})
+        if missing:
+            print(f"{path} has no lines of {len(missing)} step(s) that are done, {missing[0]} to {missing[-1]}")
         partial = path.with_name(f".{path.name}")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        with partial.open("w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
         partial.rename(path)
         self.file = path.open("a")
         self.started = time.time() - (kept[-1]["elapsed_s"] if kept else 0.0)
@@ -127,6 +135,15 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; none where there is no file. A last line that was cut off is left out."""
+    """The records of a metrics.jsonl; none where there is no file. A last line that was cut off is left out.
+
+    Raises DataError for a line that is not JSON.
+    """
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not JSON: {error}\n  Take the line out, or move the file.") from error
+    return records

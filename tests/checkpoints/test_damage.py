@@ -36,12 +36,14 @@ def _damage_everything(run: Path) -> None:
 DAMAGE = {
     "missing shard": (lambda run, _: (run / LAST / WEIGHTS).unlink(), f"{LAST}/{WEIGHTS}: is missing"),
     "truncated shard": (lambda run, _: _cut(run / LAST / OPTIMIZER), f"{LAST}/{OPTIMIZER}: bytes "),
-    "flipped bit": (lambda run, _: _flip(run / LAST / WEIGHTS), f"{LAST}/{WEIGHTS}: sha256 "),
-    "flipped bit in step.json": (lambda run, _: _flip(run / LAST / "step.json"), f"{LAST}/step.json: sha256 "),
+    "flipped bit": (lambda run, _: _flip(run / LAST / WEIGHTS), f"{LAST}/{WEIGHTS}: xxh128 "),
+    "flipped bit in step.json": (lambda run, _: _flip(run / LAST / "step.json"), f"{LAST}/step.json: xxh128 "),
     "shard of another step": (
-        lambda run, _: shutil.copy(run / BEFORE / OPTIMIZER, run / LAST / OPTIMIZER), f"{LAST}/{OPTIMIZER}: sha256 "
+        lambda run, _: shutil.copy(run / BEFORE / OPTIMIZER, run / LAST / OPTIMIZER), f"{LAST}/{OPTIMIZER}: xxh128 "
     ),
-    "flipped bit in the manifest": (lambda run, _: _flip(run / LAST / "manifest.json"), f"{LAST}/manifest.json: sha"),
+    "flipped bit in the manifest": (
+        lambda run, _: _flip(run / LAST / "manifest.json"), f"{LAST}/manifest.json: xxh128 "
+    ),
     "deleted mark": (lambda run, _: (run / LAST / "COMPLETE").unlink(), f"{LAST} was not finished"),
     "checkpoint of another run": (
         lambda run, other: (shutil.rmtree(run / LAST), shutil.copytree(other / LAST, run / LAST)), "is of the run "
@@ -103,8 +105,8 @@ def test_without_a_whole_checkpoint_nothing_is_trained_and_nothing_is_lost(world
     for rank in range(2):
         every, one, absent, word = (case["outcome"] for case in outcomes[rank])
         assert "has no whole checkpoint:" in every
-        assert [f"step-0000000{step}/{WEIGHTS}: sha256" in every for step in (0, 2, 4, 6)] == [True] * 4
-        assert "has no whole checkpoint of step 4" in one and f"{BEFORE}/{WEIGHTS}: sha256" in one
+        assert [f"step-0000000{step}/{WEIGHTS}: xxh128" in every for step in (0, 2, 4, 6)] == [True] * 4
+        assert "has no whole checkpoint of step 4" in one and f"{BEFORE}/{WEIGHTS}: xxh128" in one
         assert "--resume 5" in absent and "complete: 0, 2, 4, 6" in absent
         assert "--resume six: give the number of a step" in word
     assert {folder: sorted(folder.rglob("*")) for folder in (ruined, asked)} == before

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llava_ds.checkpoint.layout import list_steps, step_dir
 from tests.helpers.launch import read_lines, read_tensors, run_cases
@@ -68,6 +69,24 @@ MORE = {
 }
 
 
+LAYOUTS = {
+    "zero1": {"round_robin_gradients": True}, "zero2": {"round_robin_gradients": True, "contiguous_gradients": False},
+    "zero3": {"sub_group_size": 1000},
+}
+"""Options under which DeepSpeed lays its buffers out in other ways."""
+
+
+def _assert_first_is_what_was_loaded(run: Path, llm: Path) -> None:
+    """The save before step 1 holds the LLM that the run began with, as it stands in its folder."""
+    saved, loaded = read_tensors(step_dir(run, 0)), load_file(llm / "model.safetensors")
+    record = json.loads((run / "run.json").read_text())
+    dtype = torch.bfloat16 if record["config"]["train"]["precision"] == "bf16" else torch.float32
+    if "llm" in record["config"]["train"]["trainable"]:
+        for name, value in loaded.items():
+            assert torch.equal(saved[f"llm.{name}"], value.to(dtype).float()), (run.name, name)
+        assert len(loaded) > 10
+
+
 def test_resume_is_bitwise_on_as_many_ranks(world):
     """Two ranks, three micro-batches a step, an image before or after its question at random, dropout."""
     common = {"model__llm": str(world / "dropout"), "train__global_batch_size": 12, "train__micro_batch_size": 2}
@@ -75,6 +94,8 @@ def test_resume_is_bitwise_on_as_many_ranks(world):
         _case(world, f"{zero}-{kind}", zero, **common, **changes) for zero in ZEROS for kind, changes in BITWISE.items()
     ]
     cases += [_case(world, f"more-{name}", zero, **common, **changes) for name, (zero, changes) in MORE.items()]
+    cases += [_case(world, f"laid out otherwise-{zero}", zero, **common) | {"zero_options": options}
+              for zero, options in LAYOUTS.items()]
     assert _all_fine(run_cases(world, 2, cases))
     again = [_go_on(case, "-again") for case in cases]
     assert _all_fine(run_cases(world, 2, again))
@@ -88,6 +109,7 @@ def test_resume_is_bitwise_on_as_many_ranks(world):
         assert expected.keys() == found.keys() and len(found) >= 6, run.name
         for name, value in expected.items():
             assert torch.equal(found[name], value), (run.name, name)
+        _assert_first_is_what_was_loaded(run, world / "dropout")
         before = read_tensors(step_dir(run, SAVED))
         assert not any(torch.equal(before[name], value) for name, value in expected.items()), run.name
         record = json.loads((resumed / "run.json").read_text())

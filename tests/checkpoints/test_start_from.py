@@ -49,6 +49,6 @@ def test_every_layout_of_stage_1_starts_the_same_stage_2(tmp_path, projector):
         found = read_tensors(step_dir(run, 2))
         assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights), name
         sources = read_run(step_dir(run, 2))["initial_weights"]["sources"]
-        assert any(Path(file).is_relative_to(starts[name]) for source in sources for file in source["sha256"]), name
+        assert any(Path(file).is_relative_to(starts[name]) for source in sources for file in source["xxh128"]), name
     assert read_lines(root / "from-nothing")[0]["loss"] != expected[0]["loss"]
     assert ["words in" in case["output"] for case in outcomes[0]] == [False] * 2 + [True] * 2 + [False] * 4

@@ -2,7 +2,8 @@
 
     deepspeed tests/checkpoints/train_job.py PLAN
 
-PLAN is a JSON list of {"recipe", "zero", "run_dir"}, and where wanted "resume" (as the option), "largest_file" (bytes
+PLAN is a JSON list of {"recipe", "zero", "run_dir"}, and where wanted "zero_options" (added to zero_optimization of the
+DeepSpeed JSON), "resume" (as the option), "largest_file" (bytes
 that rank 1 may write into one file: its disk is full then). ``<plan>.<rank>.json`` gets a list of {"outcome": "fine" or
 the error, "output": what was printed}.
 """
@@ -34,11 +35,22 @@ def _largest_file(size: int | None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def _ds_json(case: dict, plan: Path) -> Path:
+    shipped = ROOT / "ds_configs" / f"{case['zero']}.json"
+    if not case.get("zero_options"):
+        return shipped
+    raw = json.loads(shipped.read_text())
+    raw["zero_optimization"] |= case["zero_options"]
+    file = plan.with_name(f"{Path(case['run_dir']).name}-{os.environ['RANK']}.json")
+    file.write_text(json.dumps(raw))
+    return file
+
+
 def main(plan: str) -> None:
     ranks = apply_launcher_environment(os.environ)
     outcomes = []
     for case in json.loads(Path(plan).read_text()):
-        ds_json = ROOT / "ds_configs" / f"{case['zero']}.json"
+        ds_json = _ds_json(case, Path(plan))
         output, outcome, crashed = io.StringIO(), "fine", False
         limit = case.get("largest_file") if ranks.rank == 1 else None
         try:

@@ -20,7 +20,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def _command(recipe: Path, run_dir: Path, *options: str) -> list[str]:
-    command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / "zero1.json")]
+    command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / "zero0.json")]
     return [*command, "--recipe", str(recipe), "--run-dir", str(run_dir), *options]
 
 
@@ -65,7 +65,37 @@ def test_a_run_that_could_not_be_exported_ends_before_it_is_trained(world):
     assert done.returncode == 1
     assert "2 tensor(s) have no source" in done.stderr and "projector.weight, projector.bias" in done.stderr
     assert "Traceback" not in done.stderr
-    assert len(read_lines(world / "no_source")) < 20
+    assert not (world / "no_source" / "metrics.jsonl").exists()
+    assert _steps(world / "no_source") == [0]
+
+
+def test_a_run_that_diverges_keeps_every_step_that_it_saved(world):
+    recipe = write_recipe(world, train__learning_rate=1e30, train__save_steps=1, train__keep_last=9)
+    done = _run(recipe, world / "diverged")
+    assert done.returncode == 1 and "ConfigError: the loss of step" in done.stderr
+    steps = [line["step"] for line in read_lines(world / "diverged")]
+    assert _steps(world / "diverged") == [0, *steps] and len(steps) >= 1
+
+
+def test_what_else_lies_among_the_checkpoints_is_left_alone(world):
+    """A copy that a user made, while older steps go and when the run is resumed; run.json may be gone or broken."""
+    recipe = write_recipe(world, train__max_steps=3, train__save_steps=1, train__keep_last=1, train__keep_every=2)
+    run = world / "with_copy"
+    assert _run(recipe, run).returncode == 0
+    copy = run / "checkpoints" / "step-00000002-good"
+    shutil.copytree(step_dir(run, 2), copy)
+    before = read_tensors(step_dir(run, 3))
+    (run / "run.json").write_text("{")
+    again = _run(recipe, run, "--resume", "2")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert _steps(run) == [2, 3] and find_damage(copy) == []
+    found = read_tensors(step_dir(run, 3))
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+    (run / "run.json").unlink()
+    anew = _run(recipe, run)  # without --resume: what is there moves aside as a whole
+    assert anew.returncode == 0, anew.stderr[-3000:]
+    assert "held an earlier run" in anew.stdout
+    assert _steps(run) == [2, 3] == _steps(world / "with_copy.1") and not copy.exists()
 
 
 def test_a_disk_that_is_too_small_or_fills_up_ends_the_run_with_both_numbers(world):

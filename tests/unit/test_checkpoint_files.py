@@ -23,7 +23,7 @@ from llava_ds.checkpoint.layout import (
     resolve_step,
     step_dir,
 )
-from llava_ds.checkpoint.lazy import concatenated, in_memory
+from llava_ds.checkpoint.lazy import LazyTensor, concatenated, in_memory
 from llava_ds.checkpoint.tensor_files import find_weight_files, open_safetensors, open_tensors
 from llava_ds.checkpoint.writer import read_back, split_shards, write_safetensors, write_sharded
 from llava_ds.errors import CheckpointError
@@ -65,10 +65,10 @@ def test_a_committed_folder_is_whole(tmp_path):
     [
         (lambda f: (f / "one").unlink(), "one: is missing"),
         (lambda f: (f / "one").write_bytes(b"1" * 999), "one: bytes 1000 expected, 999 found"),
-        (lambda f: (f / "one").write_bytes(b"1" * 999 + b"0"), "one: sha256 "),
-        (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json: sha256 "),
+        (lambda f: (f / "one").write_bytes(b"1" * 999 + b"0"), "one: xxh128 "),
+        (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json: xxh128 "),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
-        (lambda f: (f / "COMPLETE").write_text(""), "manifest.json: sha256 none expected"),
+        (lambda f: (f / "COMPLETE").write_text(""), "manifest.json: xxh128 none expected"),
         (lambda f: (f / "COMPLETE").unlink(), "is not complete"),
     ],
 )
@@ -159,8 +159,28 @@ def test_shards_are_split_as_transformers_expects(tmp_path):
     }
     read_back(tmp_path, records)
     (tmp_path / "model-00002-of-00003.safetensors").write_bytes(b"other")
-    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors: sha256"):
+    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors: xxh128"):
         read_back(tmp_path, records)
+
+
+@pytest.mark.parametrize("numel", [11, 20_000_001])  # the larger one is read back in several stretches
+def test_what_the_disk_does_not_hold_is_found_while_it_is_written(tmp_path, numel):
+    """The last tensor's source writes into the file, behind the writer's back."""
+    file, good = tmp_path / "x.safetensors", in_memory(torch.ones(numel))
+    record = write_safetensors(file, [("good", good), ("last", in_memory(torch.zeros(3)))], verify=True)
+    assert record == FileRecord(file.stat().st_size, hash_file(file))
+
+    def damage(start: int, stop: int) -> torch.Tensor:
+        with file.open("r+b") as handle:
+            handle.seek(-4, os.SEEK_END)
+            handle.write(b"\1")
+        return torch.zeros(stop - start)
+
+    with pytest.raises(CheckpointError, match="was written, [0-9a-f]{16} is read back; the disk is not to be trusted"):
+        write_safetensors(file, [("good", good), ("last", LazyTensor(torch.float32, (3,), damage, ""))], verify=True)
+    # Without reading back, what was meant is what is reported.
+    unread = write_safetensors(file, [("good", good), ("last", LazyTensor(torch.float32, (3,), damage, ""))])
+    assert unread.xxh128 != hash_file(file)
 
 
 def test_a_full_disk_is_named_with_what_was_written():

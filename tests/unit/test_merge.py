@@ -23,7 +23,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from llava_ds.checkpoint.formats.transformers import plan_transformers, read_transformers
+from llava_ds.checkpoint.formats.transformers import read_transformers
+from llava_ds.checkpoint.formats.transformers_export import plan_transformers
 from llava_ds.checkpoint.fragments import shard_names
 from llava_ds.checkpoint.layout import find_damage, hash_file, list_steps, read_run, resolve_step
 from llava_ds.checkpoint.lazy import LazyTensor
@@ -321,8 +322,8 @@ def test_a_damaged_shard_is_refused_by_name_and_hash(world):
         file.write_bytes(content)
     with pytest.raises(CheckpointError) as failure:
         merge(run, world / "out-flipped")
-    for file, sha256 in zip(files, was, strict=True):
-        assert f"{file}: sha256 {sha256[:16]} expected, {hash_file(file)[:16]} found" in str(failure.value)
+    for file, xxh128 in zip(files, was, strict=True):
+        assert f"{file}: xxh128 {xxh128[:16]} expected, {hash_file(file)[:16]} found" in str(failure.value)
     assert not list(world.glob("*out-flipped*"))
     # The optimizer's states are not merged, so nobody reads them.
     sound = write_run(world, "run-without-optimizer")
@@ -352,7 +353,7 @@ def test_progress_counts_every_byte(world):
         return advance
 
     merge(run, world / "merged-progress", phases=begin)
-    assert sorted(phases) == ["checking", "reading back", "writing"]
+    assert sorted(phases) == ["checking", "writing"]
     assert all(total > 0 for total, _ in phases.values())
     assert all(done == total for total, done in phases.values()), phases
 
@@ -429,13 +430,12 @@ def _memory_of_merge(world, name, width):
     return int(done.stdout), sum(tensor.numel() * 4 for tensor in weights.values())
 
 
-def test_memory_does_not_grow_with_the_model(world):
-    small, small_bytes = _memory_of_merge(world, "small", 320)  # 8 million weights
-    large, large_bytes = _memory_of_merge(world, "large", 800)  # 51 million
-    assert large_bytes - small_bytes > 160e6
+def test_a_merge_never_holds_the_model(world):
+    """benchmarks/merge_ckpt.py does the same with models that are 20 to 40 times as large."""
+    memory, num_bytes = _memory_of_merge(world, "large", 800)
+    assert num_bytes > 190e6
     # What is there at a time: pieces of 16 MiB, read, joined from several shards, written; buffers of hashing threads.
-    assert small < 150e6
-    assert large < 150e6
+    assert memory < 150e6
 
 
 def test_a_session_answers_in_batches_and_streams_the_same(world):
@@ -506,3 +506,8 @@ def test_unfinished_and_missing_checkpoints_are_refused(world):
     (world / "there").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
         merge(run, world / "there")
+    with pytest.raises(CheckpointError, match="holds no checkpoint that can be read here"):
+        merge(world / "llm", world / "never")
+    merge(write_run(world, "run-twice"), world / "merged-once")
+    with pytest.raises(CheckpointError, match="is no run: its layout is transformers; tools/convert goes on"):
+        merge(world / "merged-once", world / "never")
