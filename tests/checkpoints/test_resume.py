@@ -135,11 +135,10 @@ def of_four(world) -> list[dict]:
 def test_a_run_of_four_ranks_goes_on_on_any_number_and_stage(world, of_four, num_ranks):
     resumed = [_go_on(case, f"-on-{num_ranks}") for case in of_four]
     other = {"zero0": "zero3", "zero1": "zero0", "zero2": "zero1", "zero3": "zero2"}
-    resumed += [
-        _go_on(case, f"-on-{num_ranks}-{other[case['zero']]}", zero=other[case["zero"]]) for case in of_four[:4]
-    ]
+    crossing = of_four[:4] if num_ranks in (2, 3) else []
+    resumed += [_go_on(case, f"-on-{num_ranks}-{other[case['zero']]}", zero=other[case["zero"]]) for case in crossing]
     assert _all_fine(run_cases(world, num_ranks, resumed))
-    for case, original in zip(resumed, of_four + of_four[:4], strict=True):
+    for case, original in zip(resumed, of_four + crossing, strict=True):
         lines, expected = (read_lines(Path(one["run_dir"])) for one in (case, original))
         assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected],
                                                                  abs=LOSS_TOLERANCE)
@@ -149,28 +148,23 @@ def test_a_run_of_four_ranks_goes_on_on_any_number_and_stage(world, of_four, num
             assert lines == expected
         last = list_steps(Path(case["run_dir"]))[-1]
         assert len(list(last.glob("weights-*"))) == num_ranks
-    assert len(resumed) == 9
+    assert len(resumed) == 5 + len(crossing)
 
 
-def test_ranks_that_do_not_divide_the_batch_and_other_settings_are_refused(world, of_four):
+def test_other_settings_steps_and_data_are_refused(world, of_four):
     sizes = {"train__global_batch_size": 12, "train__micro_batch_size": 1}
     other = STEPS | {"train__max_steps": 7, "train__keep_last": 1, "train__global_batch_size": 10,
                      "train__micro_batch_size": 2, "train__learning_rate": 2e-3, "data__template": "v1"}
     fewer = write_data(world / "short", num_samples=28)
     cases = [
-        _go_on(of_four[3], "-refused"),
         of_four[3] | {"resume": "5"},
         of_four[3] | {"resume": "last", "recipe": str(write_recipe(world, **other))},
         of_four[3] | {"resume": "last", "recipe": str(write_recipe(world, **STEPS, **sizes, data__path=str(fewer)))},
     ]
-    (divided,) = run_cases(world, 5, cases[:1])[0]
-    wanted = "train.global_batch_size=12 is not a multiple of train.micro_batch_size=1 times 5 rank(s)"
-    assert wanted in divided["outcome"]
-    assert "start one of [1, 2, 3, 4, 6, 12] rank(s)" in divided["outcome"]
-    step, settings, data = (case["outcome"] for case in run_cases(world, 1, cases[1:])[0])
+    step, settings, data = (case["outcome"] for case in run_cases(world, 1, cases)[0])
     assert "--resume 5" in step and "complete: 0, 3, 6" in step
     for text in ("train.max_steps: 6 in the run, 7 now", "train.global_batch_size: 12 in the run, 10 now",
                  "train.learning_rate: 0.001 in the run, 0.002 now", "data.template: 'short' in the run, 'v1' now"):
         assert text in settings
     assert "4 problem(s)" in settings  # micro_batch_size and keep_last may change
-    assert "was trained on other data" in data
+    assert f"{fewer}: xxh128" in data and "1 problem(s)" in data

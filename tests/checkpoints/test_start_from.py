@@ -36,11 +36,13 @@ def test_every_layout_of_stage_1_starts_the_same_stage_2(tmp_path, projector):
         "transformers": root / "by_transformers", "original": root / "original-llava", "adapter": root / "adapter",
         "file": root / "adapter" / "mm_projector.bin",
     }
+    if projector == "mlp2x_gelu":  # what differs is the projector's part of a layout
+        starts = {name: starts[name] for name in ("run", "transformers", "original", "file")}
     cases = [_case(root, f"from-{name}", model__init_from=str(path), model__projector=projector)
              for name, path in starts.items()]
     cases.append(_case(root, "from-nothing", model__projector=projector))
     outcomes = run_cases(root, 2, cases)
-    assert [case["outcome"] for case in outcomes[0]] == ["fine"] * 8
+    assert [case["outcome"] for case in outcomes[0]] == ["fine"] * (len(starts) + 1)
     runs = {name: root / f"from-{name}" for name in starts}
     expected, weights = read_lines(runs["run"]), read_tensors(step_dir(runs["run"], 2))
     assert len(expected) == 2
@@ -51,4 +53,5 @@ def test_every_layout_of_stage_1_starts_the_same_stage_2(tmp_path, projector):
         sources = read_run(step_dir(run, 2))["initial_weights"]["sources"]
         assert any(Path(file).is_relative_to(starts[name]) for source in sources for file in source["xxh128"]), name
     assert read_lines(root / "from-nothing")[0]["loss"] != expected[0]["loss"]
-    assert ["words in" in case["output"] for case in outcomes[0]] == [False] * 2 + [True] * 2 + [False] * 4
+    loses_words = {name: "words in" in case["output"] for name, case in zip(starts, outcomes[0], strict=False)}
+    assert loses_words == {name: name in ("merged", "transformers") for name in starts}

@@ -113,8 +113,12 @@ def test_disagreements_of_the_json_are_listed_together(tmp_path):
 
 
 def test_ranks_that_do_not_divide_the_batch():
-    with pytest.raises(ConfigError, match="times 3 rank"):
-        resolve_micro_batch(load_recipe("quickstart_stage1").train, 3)
+    train = load_recipe("quickstart_stage1", ["train.global_batch_size=12", "train.micro_batch_size=3"]).train
+    with pytest.raises(ConfigError, match=r"times 5 rank\(s\)") as caught:
+        resolve_micro_batch(train, 5)
+    assert "start one of [1, 2, 4, 6, 12] rank(s)" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"set train.micro_batch_size to one of \[1, 2, 4\], or start"):
+        resolve_micro_batch(train, 3)
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 32), (2, 32), (4, 16), (8, 8)])

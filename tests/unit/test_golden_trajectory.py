@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from llava_ds.checkpoint.keymap import from_llava_hf
+from llava_ds.checkpoint.keymap import (
+    HF_PROJECTOR,
+    LLM,
+    PROJECTOR,
+    TOWER,
+    add_prefix,
+    llava_hf_names,
+    projector_from_hf,
+    strip_prefix,
+    tower_from_clip,
+)
+from llava_ds.checkpoint.tensor_files import open_tensors
 from llava_ds.config import TrainConfig
 from llava_ds.constants import IMAGE_TOKEN_INDEX
 from llava_ds.data.collator import Collator
@@ -53,8 +64,13 @@ def _model(folder: Path) -> Llava:
     tower = build_tower_from_spec(spec, config["vision_feature_layer"])
     llm = build_llm_from_config(config["text_config"], "sdpa", torch.float32)
     model = Llava(tower, build_projector("mlp2x_gelu", spec.width, llm.config.hidden_size, seed=0), llm)
-    weights = from_llava_hf(folder / "model.safetensors", "mlp2x_gelu", "mlp", spec.width)
-    result = model.load_state_dict(weights, strict=False)
+    hf = llava_hf_names(open_tensors([folder / "model.safetensors"]))
+    weights = {
+        **add_prefix(tower_from_clip(strip_prefix(hf, "vision_tower.vision_model.")), TOWER),
+        **add_prefix(projector_from_hf(strip_prefix(hf, HF_PROJECTOR), "mlp"), PROJECTOR),
+        **add_prefix(strip_prefix(hf, "language_model."), LLM),
+    }
+    result = model.load_state_dict({name: tensor.whole() for name, tensor in weights.items()}, strict=False)
     assert not result.missing_keys and not result.unexpected_keys, result
     return model
 
