@@ -93,7 +93,7 @@ def test_a_picture_that_does_not_decode_is_named_by_a_worker_without_a_traceback
     assert str(data / "2.png") in done.stderr
     assert done.stderr.count("DataError: rank") == 1  # both ranks stop, one says it
     assert "Traceback" not in done.stderr
-    assert not list((world / "broken_run").glob("checkpoints/*/COMPLETE"))
+    assert [step_number(step) for step in list_steps(world / "broken_run")] == [0]
 
 
 def test_too_many_bad_pictures_end_the_run_on_every_rank_and_lose_no_step(world):
