@@ -14,6 +14,7 @@ from llava_ds.errors import BackendUnavailableError, ConfigError
 from llava_ds.models import build
 from llava_ds.models.build import Backend, build_llm, resolve_attention, resolve_splice
 from llava_ds.ops import splice_cuda
+from tests.helpers.tiny import write_recipe, write_world
 
 CUDA = torch.device("cuda")
 
@@ -111,7 +112,7 @@ def test_a_cpu_has_the_library_only():
 
 def test_chosen_backends_are_printed_and_stand_in_the_run_record(tmp_path, capsys):
     backends = {"attention": Backend("sdpa", "a"), "packing": Backend("padded", "b"), "splice": Backend("library", "c")}
-    config = load_recipe("quickstart_stage1")
+    config = load_recipe(str(write_recipe(write_world(tmp_path))))
     source = SimpleNamespace(sources=[_Source() for _ in config.data.sources()])
     plan = SimpleNamespace(num_samples=1, num_steps=1, source=source, lengths=SimpleNamespace(num_cut=lambda: 0))
     model = SimpleNamespace(vision_tower=SimpleNamespace(spec=SimpleNamespace(as_dict=dict)))
