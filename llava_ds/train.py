@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from llava_ds.config import RunConfig, load_recipe, resolve_micro_batch, resolve_prepared
-from llava_ds.distributed import Ranks, apply_launcher_environment, flush_and_exit, run_on_main_first
+from llava_ds.distributed import Ranks, apply_launcher_environment, flush_and_exit, run_on_main_alone, run_on_main_first
 from llava_ds.errors import BackendUnavailableError, CheckpointError, ConfigError, DataError
 
 
@@ -120,7 +120,8 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, resume: str | None, ran
     if point:
         restore_training(engine, point, data.plan.digest)
 
-    lock = start_run(run_dir, config, ds_config, model, backends, initial_weights, data, ranks, point)
+    start = partial(start_run, run_dir, config, ds_config, model, backends, initial_weights, data, ranks, point)
+    lock = run_on_main_alone(ranks, start)
     settings = LoopSettings(
         ranks, data.plan.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps,
         device, config.seed, config.data.max_bad_frac,

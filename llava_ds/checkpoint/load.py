@@ -14,7 +14,7 @@ from llava_ds.checkpoint.formats.original_config import OWN_KEY
 from llava_ds.checkpoint.formats.transformers import USUAL_TEMPLATE, read_transformers
 from llava_ds.checkpoint.json_file import read_json
 from llava_ds.checkpoint.keymap import LLM, strip_prefix
-from llava_ds.checkpoint.layout import read_run, reading, resolve_step
+from llava_ds.checkpoint.layout import read_run, resolve_step
 from llava_ds.checkpoint.lazy import PIECE_ELEMENTS
 from llava_ds.checkpoint.recognise import MERGED_FILE, recognise_layout
 from llava_ds.checkpoint.remarks import Log, say
@@ -24,7 +24,7 @@ from llava_ds.checkpoint.stored_model import StoredModel, copy_tokenizer_model
 from llava_ds.checkpoint.writer import write_sharded
 from llava_ds.constants import COMPLETE_MARKER
 from llava_ds.errors import CheckpointError
-from llava_ds.models.build import DTYPES, build_empty_llm
+from llava_ds.models.build import build_empty_llm
 from llava_ds.models.llava import Llava
 from llava_ds.models.projector import build_projector
 from llava_ds.models.vision_tower import build_tower_from_spec
@@ -72,19 +72,6 @@ def open_model(path: Path, template: str | None = None, log: Log = say) -> Store
         log(f"{folder} does not say which template it was trained with: {USUAL_TEMPLATE} is taken, LLaVA-1.5's")
         template = USUAL_TEMPLATE
     return read_original(folder, template)
-
-
-def stored_dtype(path: Path) -> torch.dtype:
-    """The precision that a run was trained in, or that a folder of another layout holds.
-
-    Raises CheckpointError when there is no complete checkpoint.
-    """
-    folder = find_checkpoint(path)
-    if recognise_layout(folder) == "llava_ds":
-        return DTYPES[read_run(folder)["config"]["train"]["precision"]]
-    raw = read_json(folder / "config.json")
-    with reading(folder / "config.json"):
-        return getattr(torch, raw.get("dtype") or raw["torch_dtype"])
 
 
 def load_model(path: Path, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32) -> LoadedModel:

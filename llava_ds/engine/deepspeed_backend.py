@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -92,16 +91,6 @@ def _register_external_parameters(model: nn.Module) -> None:
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter, also where it is partitioned."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def iterate_trained(model: nn.Module, is_main: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Name and whole value of every trained parameter, one at a time; the value on rank 0 only.
-
-    Every rank must exhaust the iterator: gathering is collective.
-    """
-    for name, parameter in trained_parameters(model):
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield name, parameter.detach().cpu() if is_main else None
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -18,7 +18,7 @@ from llava_ds.checkpoint.layout import list_steps, replace_file
 from llava_ds.checkpoint.sources import describe_sources
 from llava_ds.config import RunConfig
 from llava_ds.data.build import TrainingData
-from llava_ds.distributed import Ranks, run_on_main_alone
+from llava_ds.distributed import Ranks
 from llava_ds.engine.resume import ResumePoint, hash_data, set_aside_newer
 from llava_ds.engine.training_state import Progress
 from llava_ds.errors import ConfigError
@@ -71,32 +71,15 @@ def start_run(
     data: TrainingData,
     ranks: Ranks,
     point: ResumePoint | None = None,
-) -> IO[str] | None:
-    """Writes run.json (rank 0) and says what is about to run. An earlier run in the folder is set aside, not lost.
+) -> IO[str]:
+    """Writes run.json and says what is about to run; for rank 0. An earlier run in the folder is set aside, not lost.
 
     ``backends`` stand in run.json by their names: attention, packing, splice. A run that goes on from ``point`` keeps
     its folder; what is newer in it is set aside.
 
     Returns the lock that keeps a second run out of the folder; hold it until the run ends.
-    Raises ConfigError on every rank when another run holds it, or the folder cannot be made.
+    Raises ConfigError when another run holds it, or the folder cannot be made.
     """
-    return run_on_main_alone(
-        ranks,
-        lambda: _start_on_main(run_dir, config, ds_config, model, backends, initial_weights, data, ranks, point),
-    )
-
-
-def _start_on_main(
-    run_dir: Path,
-    config: RunConfig,
-    ds_config: dict[str, Any],
-    model: Llava,
-    backends: Mapping[str, Backend],
-    initial_weights: dict[str, Any],
-    data: TrainingData,
-    ranks: Ranks,
-    point: ResumePoint | None,
-) -> IO[str]:
     lock = _claim(run_dir, keep=point is not None)
     plan = data.plan
     resumed = [] if point is None else [*point.run["resumed"], {"step": point.progress.step,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT
 from llava_ds.checkpoint.formats.original_export import write_original
 from llava_ds.checkpoint.fragments import open_weights, shard_names
 from llava_ds.checkpoint.layout import hash_file, step_dir
-from llava_ds.checkpoint.load import export_llm, load_model, open_model, stored_dtype
+from llava_ds.checkpoint.load import export_llm, load_model, open_model
 from llava_ds.checkpoint.merge import merge
 from llava_ds.checkpoint.runs import open_run
 from llava_ds.checkpoint.sources import describe_sources
@@ -246,4 +246,3 @@ def test_a_model_is_loaded_from_every_layout(world, layout, capsys):
     assert [name for name, value in expected.items() if not torch.equal(state[name], value.whole())] == []
     assert loaded.template == {"original": "v1"}.get(layout, "short")
     assert ("v1 is taken, LLaVA-1.5's" in capsys.readouterr().err) == (layout == "original")
-    assert stored_dtype(world / layout) == torch.float32
