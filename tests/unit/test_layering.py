@@ -10,12 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "llava_ds"
 LAYERS = {
     "constants": 0, "errors": 0,
-    "schema": 1, "config": 1, "distributed": 1, "cache": 1,
+    "schema": 1, "config": 1, "distributed": 1, "cache": 1, "starts": 1,
     "text": 2, "ops": 2, "metrics": 2,
     "data": 3, "models": 3,
     "checkpoint": 4,
     "engine": 5, "inference": 5,
-    "evaluation": 6, "quickstart": 6,
+    "evaluation": 6, "quickstart": 6, "cluster": 6,
     "train": 7,
 }
 ONE_SITE = {"cuda", "deepspeed", "gguf", "flash_attn", "triton", "open_clip", "openai", "gradio", "wandb", "matplotlib"}

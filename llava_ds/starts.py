@@ -1,0 +1,155 @@
+"""What became of every start of a run: folders ``RUN/starts/0001/``, ``0002/``, ... of logs, failures and ends.
+
+A start is one launch of all ranks on a run folder. The folder says who started it (``start.json``), what each rank
+printed (``rank-00003.log``), which ranks failed (``failed-00003.json``) and how it ended (``end.json``). Nothing here
+needs more than the standard library: a batch script's own Python can read and write it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+STARTS_FOLDER = "starts"
+START_VARIABLE = "LLAVA_DS_START"
+"""Of the environment: the folder of this start, where a batch script made it before the ranks began."""
+
+Reason = Literal["finished", "stopped", "failed", "hung", "lost"]
+"""``stopped``: by a signal, after a checkpoint. ``hung``: by the watchdog. ``lost``: without a word, as a machine that
+loses its power does."""
+Decision = Literal["done", "requeue", "resubmit", "stop"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one rank ended. ``of_peer``: it only says that another rank is gone."""
+
+    rank: int
+    error: str
+    """The type of the exception, or ``signal``."""
+    message: str
+    step: int | None = None
+    """Steps that were done then."""
+    of_peer: bool = False
+    host: str = field(default_factory=socket.gethostname)
+    time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a start ended, and what was decided then."""
+
+    reason: Reason
+    message: str = ""
+    step: int | None = None
+    """The last committed step."""
+    decision: Decision | None = None
+    why: str = ""
+    """Of the decision."""
+    time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start, as its folder tells it; ``end`` is None while it runs (or when it was lost)."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+    """``job``, ``restart``, ``nodes``, ``num_ranks``, ``host``, ``time``; what is not known is missing."""
+    end: End | None
+
+    @property
+    def number(self) -> int:
+        """1 for the first start of a run."""
+        return int(self.folder.name)
+
+
+def begin_start(run_dir: Path, facts: Mapping[str, Any]) -> Path:
+    """Makes the folder of a new start and returns it. Starts before it that have no end are marked as lost.
+
+    Only one process may begin a start at a time. Raises OSError when the run folder cannot be written.
+    """
+    starts = list_starts(run_dir)
+    for start in starts:
+        if start.end is None:
+            write_end(start.folder, End("lost", "it ended without a word: a machine, or its whole job, was killed"))
+    folder = run_dir / STARTS_FOLDER / f"{starts[-1].number + 1 if starts else 1:04d}"
+    folder.mkdir(parents=True)
+    _write(folder / "start.json", {"host": socket.gethostname(), "time": time.time(), **facts})
+    return folder
+
+
+def slurm_facts(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What Slurm's variables say of this start; nothing outside a job."""
+    if "SLURM_JOB_ID" not in environ:
+        return {}
+    return {
+        "job": environ["SLURM_JOB_ID"],
+        "restart": int(environ.get("SLURM_RESTART_COUNT") or 0),
+        "nodes": environ.get("SLURM_JOB_NODELIST", ""),
+    }
+
+
+def list_starts(run_dir: Path) -> list[Start]:
+    """The starts of a run, the first one first."""
+    parent = run_dir / STARTS_FOLDER
+    folders = [folder for folder in parent.iterdir() if folder.name.isdecimal()] if parent.is_dir() else []
+    return [
+        Start(folder, _read(folder / "start.json") or {}, read_end(folder))
+        for folder in sorted(folders, key=lambda folder: int(folder.name))
+    ]
+
+
+def note_failure(folder: Path, failure: Failure) -> None:
+    """Keeps why a rank ended; its first failure stays. Raises OSError when it cannot be written."""
+    file = folder / f"failed-{failure.rank:05d}.json"
+    if not file.exists():
+        _write(file, asdict(failure))
+
+
+def read_failures(folder: Path) -> list[Failure]:
+    """Why ranks ended, in the order of time."""
+    raw = [_read(file) for file in folder.glob("failed-*.json")]
+    return sorted((Failure(**failure) for failure in raw if failure), key=lambda failure: failure.time)
+
+
+def root_failure(failures: Sequence[Failure]) -> Failure | None:
+    """The one that the others follow from: the first that is not only about another rank."""
+    return next((failure for failure in failures if not failure.of_peer), failures[0] if failures else None)
+
+
+def write_end(folder: Path, end: End) -> None:
+    """Keeps how a start ended, in the place of what was known before. Raises OSError when it cannot be written."""
+    _write(folder / "end.json", asdict(end))
+
+
+def read_end(folder: Path) -> End | None:
+    """How a start ended; None when that is not known."""
+    raw = _read(folder / "end.json")
+    return End(**raw) if raw else None
+
+
+def rank_log(folder: Path, rank: int) -> Path:
+    """Where the output of a rank stands."""
+    return folder / f"rank-{rank:05d}.log"
+
+
+def _write(file: Path, value: Mapping[str, Any]) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(file)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """What a file holds; None when it is not there, or cut off."""
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
