@@ -155,6 +155,9 @@ class TrainConfig(_Strict):
     """Saves before step 1 and tries the export, all but its weights: what would fail at the end fails then."""
     save_in_background: bool = True
     """Training goes on while files are written; costs host memory for a copy of a rank's part."""
+    hang_timeout_s: float | None = Field(900.0, gt=0)
+    """Seconds without progress on any rank after which the run ends, and says which rank the others wait for; at least
+    twice the longest step or checkpoint. None does not watch."""
 
 
 class RunConfig(_Strict):

@@ -14,3 +14,6 @@ IMAGE_PLACEHOLDER = "<image>"
 
 COMPLETE_MARKER = "COMPLETE"
 """File that is written last into a directory; a directory without it is unfinished."""
+
+FINISHED_MARKER = "FINISHED"
+"""File that is written last into a run's folder, when all its steps are done and saved."""

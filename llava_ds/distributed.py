@@ -19,6 +19,11 @@ from llava_ds.errors import ConfigError
 
 T = TypeVar("T")
 
+
+class PeerFailedError(ConfigError):
+    """Another rank failed, so this one ends; the other one says why."""
+
+
 _SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
@@ -97,7 +102,7 @@ def _share_failure(ranks: Ranks, error: Exception | None) -> None:
         raise error
     for rank, failure in enumerate(failures):
         if failure is not None:
-            raise ConfigError(f"rank {rank} failed, so rank {ranks.rank} stops: {failure}")
+            raise PeerFailedError(f"rank {rank} failed, so rank {ranks.rank} stops: {failure}")
 
 
 def gather_objects(ranks: Ranks, value: Any) -> list[Any]:

@@ -20,6 +20,9 @@ STARTS_FOLDER = "starts"
 START_VARIABLE = "LLAVA_DS_START"
 """Of the environment: the folder of this start, where a batch script made it before the ranks began."""
 
+HANG = "Hang"
+"""The ``error`` of a failure that the watchdog found."""
+
 Reason = Literal["finished", "stopped", "failed", "hung", "lost"]
 """``stopped``: by a signal, after a checkpoint. ``hung``: by the watchdog. ``lost``: without a word, as a machine that
 loses its power does."""
@@ -78,7 +81,7 @@ def begin_start(run_dir: Path, facts: Mapping[str, Any]) -> Path:
     starts = list_starts(run_dir)
     for start in starts:
         if start.end is None:
-            write_end(start.folder, End("lost", "it ended without a word: a machine, or its whole job, was killed"))
+            write_end(start.folder, conclude(start.folder))
     folder = run_dir / STARTS_FOLDER / f"{starts[-1].number + 1 if starts else 1:04d}"
     folder.mkdir(parents=True)
     _write(folder / "start.json", {"host": socket.gethostname(), "time": time.time(), **facts})
@@ -133,6 +136,18 @@ def read_end(folder: Path) -> End | None:
     """How a start ended; None when that is not known."""
     raw = _read(folder / "end.json")
     return End(**raw) if raw else None
+
+
+def conclude(folder: Path) -> End:
+    """How a start ended that is over: what was recorded, or what the failures of its ranks say."""
+    end, failure = read_end(folder), root_failure(read_failures(folder))
+    if end:
+        return end
+    if failure is None:
+        return End("lost", "it ended without a word: a machine, or its whole job, was killed")
+    if failure.error == HANG:
+        return End("hung", failure.message, failure.step)
+    return End("failed", f"rank {failure.rank} on {failure.host}: {failure.error}: {failure.message}", failure.step)
 
 
 def rank_log(folder: Path, rank: int) -> Path:

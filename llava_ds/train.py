@@ -17,7 +17,10 @@ import click
 
 from llava_ds.config import RunConfig, load_recipe, resolve_micro_batch, resolve_prepared
 from llava_ds.distributed import Ranks, apply_launcher_environment, flush_and_exit, run_on_main_alone, run_on_main_first
+from llava_ds.engine.preemption import EXIT_STOPPED, StopNotice, StopRequested
+from llava_ds.engine.start_report import StartReport
 from llava_ds.errors import BackendUnavailableError, CheckpointError, ConfigError, DataError
+from llava_ds.starts import End
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,25 +47,40 @@ def main(
     """Trains one recipe: builds data, model and engine, runs the loop, writes the checkpoint."""
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    code, ranks = 1, None
+    code, ranks, notice, report = 1, None, StopNotice(), StartReport()
+    notice.install()
     try:
         ranks = apply_launcher_environment(os.environ)
         config = load_recipe(recipe, overrides)
-        run(config, ds_json, run_dir or Path("runs") / config.name, resume, ranks)
+        run(config, ds_json, run_dir or Path("runs") / config.name, resume, ranks, notice, report)
         code = 0
+    except StopRequested as stop:
+        code = EXIT_STOPPED
+        if ranks and ranks.is_main:
+            print(f"\n{stop}")
     except (ConfigError, DataError, CheckpointError, BackendUnavailableError) as error:
         # Settings are the same on every rank: one of each machine says what is wrong with them.
         same_everywhere = isinstance(error, ConfigError) or getattr(error, "on_every_rank", False)
         if ranks is None or ranks.local_rank == 0 or not same_everywhere:
             print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-    except Exception:
+            report.failed(ranks or Ranks(0, 0, 1), error)
+    except Exception as error:
         # The process ends below without Python's own report.
         traceback.print_exc()
+        report.failed(ranks or Ranks(0, 0, 1), error)
     flush_and_exit(code)
 
 
-def run(config: RunConfig, ds_json: Path, run_dir: Path, resume: str | None, ranks: Ranks) -> None:
-    """The whole run of one rank."""
+def run(
+    config: RunConfig,
+    ds_json: Path,
+    run_dir: Path,
+    resume: str | None,
+    ranks: Ranks,
+    notice: StopNotice | None = None,
+    report: StartReport | None = None,
+) -> None:
+    """The whole run of one rank. ``notice`` hears of signals, ``report`` keeps how this start ends."""
     # These take seconds to import: a wrong option is reported before.
     from llava_ds.data.build import build_training_data
     from llava_ds.data.images import ImageTransform
@@ -73,13 +91,21 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, resume: str | None, ran
     from llava_ds.engine.optim import build_optimizer, build_scheduler
     from llava_ds.engine.resume import restore_training, resume_point
     from llava_ds.engine.run_record import check_run_dir, finish_run, start_run
-    from llava_ds.engine.setup import build_saver, build_trackers, load_weights, resolve_backends, select_device
+    from llava_ds.engine.setup import (
+        build_guard,
+        build_saver,
+        build_trackers,
+        load_weights,
+        resolve_backends,
+        select_device,
+    )
     from llava_ds.engine.training_state import Progress
     from llava_ds.metrics.trackers import check_trackers
     from llava_ds.models.build import DTYPES, build_model, llm_hidden_size, load_tokenizer
     from llava_ds.models.freezing import apply_freezing
 
     started = time.time()
+    notice, report = notice or StopNotice(), report or StartReport({})
     config = config.model_copy(update={"train": resolve_micro_batch(config.train, ranks.world_size)})
     ds_config = resolve_ds_config(read_ds_config(ds_json), config.train, ranks.world_size, str(ds_json))
     check_run_dir(run_dir, ranks)
@@ -120,17 +146,28 @@ def run(config: RunConfig, ds_json: Path, run_dir: Path, resume: str | None, ran
     if point:
         restore_training(engine, point, data.plan.digest)
 
-    start = partial(start_run, run_dir, config, ds_config, model, backends, initial_weights, data, ranks, point)
+    start = partial(start_run, run_dir, config, ds_config, model, backends, initial_weights, data, ranks, point,
+                    keep=resume is not None)
     lock = run_on_main_alone(ranks, start)
+    report.open(run_dir, ranks)
     settings = LoopSettings(
         ranks, data.plan.batch.grad_accum_steps, config.train.loss_averaging, config.train.save_steps,
         device, config.seed, config.data.max_bad_frac,
     )
-    saver = build_saver(engine, run_dir, config.train, ranks, data.plan.digest, progress)
+    saver = build_saver(engine, run_dir, config.train, ranks, data.plan.digest, progress, lock)
     trackers = build_trackers(run_dir, data.plan.num_steps, config, ranks, progress.step)
     plans = data.plan.steps(progress.data_state, progress.step)
-    train(engine, data.loader, plans, data.plan.supervised_tokens, settings, trackers, saver, progress)
+    guard = build_guard(config, ranks, notice, report, lambda index: data.plan.source[index].id)
+    try:
+        train(engine, data.loader, plans, data.plan.supervised_tokens, settings, trackers, saver, progress, guard)
+    except StopRequested as stop:
+        report.ended(ranks, End("stopped", str(stop), stop.step))
+        raise
+    finally:
+        report.step = progress.step
+        guard.stop()
     finish_run(run_dir, config, progress, time.time() - started, ranks)
+    report.ended(ranks, End("finished", step=progress.step))
     del partitioned, lock
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from llava_ds.data.sampler import StepPlan
 from llava_ds.distributed import Ranks, gather_objects
+from llava_ds.engine.preemption import StopRequested
 from llava_ds.engine.training_state import Progress, seed_step
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import Batch
@@ -38,6 +39,16 @@ class StepSaver(Protocol):
 
     def save_now(self, progress: Progress) -> None:
         """Saves a step and returns when it is committed."""
+
+
+class Guard(Protocol):
+    """Who watches over this rank (engine/watchdog.py). All ranks enter the same phases."""
+
+    def enter(self, phase: str, step: int, samples: Sequence[int | str] = ()) -> None:
+        """This rank goes on to a phase of a step, with samples by id, or by the number of their record."""
+
+    def wants_stop(self) -> bool:
+        """Whether this rank was asked to end."""
 
 
 class Tracker(Protocol):
@@ -73,6 +84,7 @@ def train(
     trackers: list[Tracker],
     saver: StepSaver,
     progress: Progress,
+    guard: Guard,
 ) -> Progress:
     """Runs every planned step from ``progress`` on and saves at the end (and every ``save_steps``).
 
@@ -82,27 +94,36 @@ def train(
 
     Before a step the ranks agree that all have its data. Raises on every rank: DataError when one has not, when too
     many pictures were bad, or when the data is not what was planned; ConfigError when a loss is not finite;
-    CheckpointError when a step could not be saved.
+    CheckpointError when a step could not be saved; StopRequested when one was asked to end, after saving.
     """
     stream = iter(batches)
     engine.train()
     try:
         for plan in plans:
-            record = _train_step(engine, stream, plan, supervised_tokens, settings, saver, progress)
+            record = _train_step(engine, stream, plan, supervised_tokens, settings, saver, progress, guard)
             try:
                 for tracker in trackers:
                     tracker.log(record)
             except OSError as error:  # of rank 0: the others hear of it with the next step
                 saver.fail(f"the numbers of step {progress.step} cannot be written: {error}")
             if settings.save_steps and progress.step % settings.save_steps == 0:
+                guard.enter("saving", progress.step)
                 saver.start(progress)
     except (ConfigError, DataError):  # which all ranks raise together
         saver.finish()
         raise
+    except StopRequested:
+        _close(trackers)
+        raise
+    guard.enter("saving", progress.step)
     saver.save_now(progress)
+    _close(trackers)
+    return progress
+
+
+def _close(trackers: list[Tracker]) -> None:
     for tracker in trackers:
         tracker.close()
-    return progress
 
 
 def _train_step(
@@ -113,13 +134,17 @@ def _train_step(
     settings: LoopSettings,
     saver: StepSaver,
     progress: Progress,
+    guard: Guard,
 ) -> dict[str, Any]:
     """One planned step: ``progress`` goes on, and its numbers are returned. Raises as ``train`` does."""
-    started = time.perf_counter()
+    started, step = time.perf_counter(), progress.step + 1
     lr = engine.get_lr()[0]
+    rank = settings.ranks.rank
+    guard.enter("reading data", step, [slot.index for row in plan.micro_batches for slot in row[rank]])
     micro_batches, failure = _next_batches(stream, len(plan.micro_batches))
     waited = time.perf_counter() - started
-    num_supervised, num_bad = _agree(micro_batches, failure, saver, progress, settings)
+    guard.enter("agreeing that all have data", step, [name for batch in micro_batches for name in batch.sample_ids])
+    num_supervised, num_bad = _agree(micro_batches, failure, saver, progress, settings, guard)
     num_seen = progress.samples_seen + len(plan.slots)
     if _too_many_bad(progress.bad_samples + num_bad, num_seen, settings.max_bad_frac):
         if progress.step:
@@ -127,10 +152,11 @@ def _train_step(
         raise _bad_samples_error(progress.bad_samples + num_bad, num_seen, progress.step, settings.max_bad_frac)
     if not num_bad:
         _check_planned(supervised_tokens(plan), num_supervised)
-    seed_step(settings.seed, progress.step + 1, settings.ranks.rank)
-    step_loss, num_tokens = _compute(engine, micro_batches, plan, progress.step + 1, num_supervised, settings)
+    seed_step(settings.seed, step, rank)
+    step_loss, num_tokens = _compute(engine, micro_batches, plan, step, num_supervised, settings, guard)
+    guard.enter("adding up its numbers", step)
     totals = _sum_over_ranks(torch.tensor([step_loss, num_tokens, waited], dtype=torch.float64), settings)
-    progress.step += 1
+    progress.step = step
     progress.samples_seen += len(plan.slots)
     progress.tokens_seen += int(totals[1])
     progress.bad_samples += num_bad
@@ -159,7 +185,13 @@ def _train_step(
 
 
 def _compute(
-    engine: Any, batches: Sequence[Batch], plan: StepPlan, step: int, num_supervised: int, settings: LoopSettings
+    engine: Any,
+    batches: Sequence[Batch],
+    plan: StepPlan,
+    step: int,
+    num_supervised: int,
+    settings: LoopSettings,
+    guard: Guard,
 ) -> tuple[float, int]:
     """Forward, backward and the optimizer's step; returns this rank's share of the loss, and its tokens."""
     losses, num_tokens = [], 0
@@ -168,11 +200,14 @@ def _compute(
             print(f"left out of step {step}: {problem}")
         share = _step_share(batch, plan, num_supervised, settings)
         engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+        guard.enter("forward", step, batch.sample_ids)
         loss = engine(batch.to(settings.device)) * share
         losses.append(loss.detach())
         num_tokens += batch.num_tokens
+        guard.enter("backward", step, batch.sample_ids)
         # DeepSpeed averages over ranks and over the accumulation steps that it was told; ours is a sum.
         engine.backward(loss * (settings.ranks.world_size * settings.grad_accum_steps))
+        guard.enter("the optimizer's step", step)
         engine.step()
     return float(torch.stack(losses).double().sum()), num_tokens
 
@@ -191,22 +226,28 @@ def _agree(
     saver: StepSaver,
     progress: Progress,
     settings: LoopSettings,
+    guard: Guard,
 ) -> tuple[int, int]:
     """Supervised tokens and bad samples of a step over all ranks, and the state of the save that runs.
 
-    Raises DataError on all ranks when one has a failure, CheckpointError when one could not save.
+    Raises DataError on all ranks when one has a failure, CheckpointError when one could not save, StopRequested when
+    one was asked to end.
     """
     counts = (sum(b.num_supervised for b in batches), sum(len(b.problems) for b in batches), int(failure is not None))
-    totals = _sum_over_ranks(torch.tensor((*counts, *saver.votes()), dtype=torch.float64), settings)
-    num_supervised, num_bad, num_failed, num_saved, num_not_saved = map(int, totals.tolist())
+    votes = (*saver.votes(), int(guard.wants_stop()))
+    totals = _sum_over_ranks(torch.tensor((*counts, *votes), dtype=torch.float64), settings)
+    num_supervised, num_bad, num_failed, num_saved, num_not_saved, num_asked = map(int, totals.tolist())
     if num_failed:
         for rank, message in enumerate(gather_objects(settings.ranks, failure and str(failure))):
             if message is not None:
                 where = f"rank {rank}: " if settings.ranks.world_size > 1 else ""
                 raise DataError(where + message, on_every_rank=True) from failure
     saver.settle(num_saved, num_not_saved, progress)
+    if num_asked:
+        guard.enter("saving before the end", progress.step)
+        saver.save_now(progress)
+        raise StopRequested(progress.step)
     return num_supervised, num_bad
-
 
 def _check_planned(planned: int, found: int) -> None:
     if planned != found:

@@ -37,7 +37,7 @@ _MAY_CHANGE = {
     "data.path", "data.image_root", "data.mixture.path", "data.mixture.image_root", "data.num_workers",
     "data.feature_cache", "data.max_bad_frac", "data.packing",
     "train.micro_batch_size", "train.micro_batch_tokens", "train.save_steps", "train.keep_last", "train.keep_every",
-    "train.trial_save", "train.save_in_background",
+    "train.trial_save", "train.save_in_background", "train.hang_timeout_s",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -12,14 +11,16 @@ from collections.abc import Mapping
 from importlib import metadata
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from llava_ds.checkpoint.layout import list_steps, replace_file
 from llava_ds.checkpoint.sources import describe_sources
 from llava_ds.config import RunConfig
+from llava_ds.constants import FINISHED_MARKER
 from llava_ds.data.build import TrainingData
 from llava_ds.distributed import Ranks
 from llava_ds.engine.resume import ResumePoint, hash_data, set_aside_newer
+from llava_ds.engine.run_lock import RunLock, check_not_held, hold_run
 from llava_ds.engine.training_state import Progress
 from llava_ds.errors import ConfigError
 from llava_ds.metrics.plots import plot_loss
@@ -27,7 +28,6 @@ from llava_ds.metrics.trackers import read_metrics
 from llava_ds.models.build import Backend
 from llava_ds.models.llava import Llava
 
-LOCK_FILE = "lock"
 _PACKAGES = ("llava_ds", "torch", "deepspeed", "transformers", "open_clip_torch", "numpy")
 
 
@@ -42,23 +42,7 @@ def check_run_dir(run_dir: Path, ranks: Ranks) -> None:
         raise ConfigError(f"--run-dir {run_dir}: {nearest} is a file, not a folder; choose another")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"--run-dir {run_dir}: {nearest} is not writable; choose another")
-    if (run_dir / LOCK_FILE).is_file():
-        _hold(run_dir, fcntl.LOCK_SH).close()
-
-
-def _hold(run_dir: Path, kind: int) -> IO[str]:
-    """The lock file of a run folder, locked until it is closed. Raises ConfigError when another run holds it."""
-    lock = (run_dir / LOCK_FILE).open("a+")
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise ConfigError(
-            f"a run is being written to {run_dir} now.\n  Choose another --run-dir, or stop that run first."
-        ) from error
-    except OSError as error:
-        print(f"{run_dir} cannot be locked ({error}); nothing keeps a second run out of it")
-    return lock
+    check_not_held(run_dir)
 
 
 def start_run(
@@ -71,16 +55,17 @@ def start_run(
     data: TrainingData,
     ranks: Ranks,
     point: ResumePoint | None = None,
-) -> IO[str]:
+    keep: bool = False,
+) -> RunLock:
     """Writes run.json and says what is about to run; for rank 0. An earlier run in the folder is set aside, not lost.
 
     ``backends`` stand in run.json by their names: attention, packing, splice. A run that goes on from ``point`` keeps
-    its folder; what is newer in it is set aside.
+    its folder; what is newer in it is set aside. So does one that should go on but has no checkpoint yet (``keep``).
 
     Returns the lock that keeps a second run out of the folder; hold it until the run ends.
     Raises ConfigError when another run holds it, or the folder cannot be made.
     """
-    lock = _claim(run_dir, keep=point is not None)
+    lock = _claim(run_dir, keep or point is not None)
     plan = data.plan
     resumed = [] if point is None else [*point.run["resumed"], {"step": point.progress.step,
                                                                "world_size": ranks.world_size}]
@@ -105,6 +90,7 @@ def start_run(
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
         "resumed": resumed,
     }
+    (run_dir / FINISHED_MARKER).unlink(missing_ok=True)
     if point is not None:
         set_aside_newer(run_dir, point.progress.step)
     replace_file(run_dir / "run.json", json.dumps(record, indent=1) + "\n")
@@ -119,30 +105,31 @@ def start_run(
     return lock
 
 
-def _claim(run_dir: Path, keep: bool = False) -> IO[str]:
+def _claim(run_dir: Path, keep: bool = False) -> RunLock:
     """A locked run folder. It is empty, as a finished run in it moves aside, unless the run goes on (``keep``)."""
     run_dir = run_dir.resolve()  # what a link names moves, not the link
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = _hold(run_dir, fcntl.LOCK_EX)
+        lock = hold_run(run_dir)
         if keep or not ((run_dir / "run.json").exists() or list_steps(run_dir)):
             return lock
         number = next(n for n in count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
         aside = run_dir.with_name(f"{run_dir.name}.{number}")
         run_dir.rename(aside)
-        lock.close()
+        lock.release()
         print(f"{run_dir} held an earlier run; it is now {aside}")
         run_dir.mkdir()
-        return _hold(run_dir, fcntl.LOCK_EX)
+        return hold_run(run_dir)
     except OSError as error:
         raise ConfigError(f"--run-dir {run_dir} cannot be written: {error}; choose another") from error
 
 
 def finish_run(run_dir: Path, config: RunConfig, progress: Progress, seconds: float, ranks: Ranks) -> None:
-    """Draws the loss curve and prints where everything is (rank 0)."""
+    """Draws the loss curve, prints where everything is, and marks the run as finished (rank 0)."""
     if not ranks.is_main:
         return
     plot_loss({config.name: read_metrics(run_dir / "metrics.jsonl")}, run_dir / "loss.png")
     print(f"{config.name}: {progress.step} steps in {seconds:.0f} s, last loss {progress.loss:.4f}, in {run_dir}")
+    replace_file(run_dir / FINISHED_MARKER, f"{progress.step}\n")
     if config.next_command:
         print(f"Next: {config.next_command.replace('{run_dir}', shlex.quote(str(run_dir)))}")

@@ -78,6 +78,8 @@ class Saver:
     run_record: str = "{}"
     facts: Mapping[str, Any] = field(default_factory=dict)
     on_first_commit: Callable[[Path], None] | None = None
+    check_owner: Callable[[], None] = lambda: None
+    """Raises CheckpointError on rank 0 when the run folder is no longer this run's to write."""
     committed: int | None = None
     """The last step that is committed, where it is known."""
     log: Callable[[str], None] = print
@@ -165,6 +167,7 @@ class Saver:
         self._raise_on_all(self._complaint)
 
     def _make_room(self, folder: Path, step: int) -> None:
+        self.check_owner()
         if folder.exists():
             remove_folder(folder)  # what an earlier process left unfinished
         folder.mkdir(parents=True)
@@ -232,6 +235,7 @@ class Saver:
         self.committed = writing.progress.step
 
     def _commit_on_main(self, writing: _Writing) -> None:
+        self.check_owner()
         records = self._collect_notes(writing)
         num_bytes = sum(record.size for record in records.values())
         seconds = time.perf_counter() - writing.started

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from llava_ds.config import RunConfig, TrainConfig
 from llava_ds.distributed import Ranks, gather_objects, run_on_main_alone, run_on_main_first
 from llava_ds.engine.deepspeed_backend import load_full_parameter
 from llava_ds.engine.loop import Tracker
+from llava_ds.engine.preemption import StopNotice
 from llava_ds.engine.resume import TRIAL_PREFIX, ResumePoint
+from llava_ds.engine.run_lock import RunLock
 from llava_ds.engine.saving import SavePolicy, Saver
+from llava_ds.engine.start_report import StartReport
 from llava_ds.engine.training_state import Progress
+from llava_ds.engine.watchdog import UnwatchedGuard, Watchdog
 from llava_ds.errors import ConfigError
 from llava_ds.metrics.trackers import EXTRA_TRACKERS, JsonlTracker, ProgressBar
 from llava_ds.models.build import DTYPES, Backend, resolve_attention, resolve_packing, resolve_splice
@@ -84,15 +89,25 @@ def _load(model: nn.Module, weights: Mapping[str, LazyTensor], ranks: Ranks) -> 
 
 
 def build_saver(
-    engine: Any, run_dir: Path, train: TrainConfig, ranks: Ranks, data_digest: str, progress: Progress
+    engine: Any,
+    run_dir: Path,
+    train: TrainConfig,
+    ranks: Ranks,
+    data_digest: str,
+    progress: Progress,
+    lock: RunLock | None = None,
 ) -> Saver:
-    """What saves the run's steps; a run that begins is saved, and its export tried, at once (``train.trial_save``).
+    """What saves the run's steps while rank 0 holds ``lock``.
+
+    A run that begins is saved, and its export tried, at once (``train.trial_save``).
 
     Raises CheckpointError on every rank when the run could not be saved or exported at its end.
     """
     policy = SavePolicy(train.keep_last, train.keep_every, train.save_in_background)
     run_record = (run_dir / "run.json").read_text() if ranks.is_main else ""
     saver = Saver(engine, run_dir, ranks, policy, run_record, {"data_digest": data_digest})
+    if lock:
+        saver.check_owner = lock.check
     if progress.step:
         saver.committed = progress.step
     elif train.trial_save:
@@ -105,6 +120,18 @@ def _try_export(step: Path) -> None:
     """Raises CheckpointError or ConfigError when the run could be trained, but not be exported at its end."""
     with tempfile.TemporaryDirectory(dir=step.parent, prefix=TRIAL_PREFIX) as scratch:
         trial_export(open_run(step), Path(scratch))
+
+
+def build_guard(
+    config: RunConfig, ranks: Ranks, notice: StopNotice, report: StartReport, name_sample: Callable[[int], str]
+) -> Watchdog | UnwatchedGuard:
+    """Who watches over the ranks from now on (``train.hang_timeout_s``). Collective; stop it when training is over."""
+    timeout_s = config.train.hang_timeout_s
+    if timeout_s is None:
+        return UnwatchedGuard(notice)
+    watchdog = Watchdog(ranks, timeout_s, notice, name_sample, partial(report.hung, ranks))
+    watchdog.start()
+    return watchdog
 
 
 def build_trackers(run_dir: Path, num_steps: int, config: RunConfig, ranks: Ranks, num_done: int) -> list[Tracker]:

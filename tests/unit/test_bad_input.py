@@ -11,7 +11,8 @@ from llava_ds.engine import run_record
 from llava_ds.engine.ds_config import read_ds_config, resolve_ds_config
 from llava_ds.engine.inputs import check_inputs
 from llava_ds.engine.loop import Progress
-from llava_ds.engine.run_record import LOCK_FILE, _claim, check_run_dir
+from llava_ds.engine.run_lock import LOCK_FILE
+from llava_ds.engine.run_record import _claim, check_run_dir
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.models.vision_tower import check_tower
 from tests.helpers.tiny import write_recipe
@@ -120,11 +121,12 @@ def test_a_folder_takes_one_run_at_a_time_and_sets_a_finished_one_aside(tmp_path
         with pytest.raises(ConfigError, match="another --run-dir, or stop"):
             attempt()
     assert not (tmp_path / "run.1").exists()
-    first.close()
+    first.release()
     check_run_dir(run_dir, RANKS)
-    with _claim(run_dir):
-        assert (tmp_path / "run.1" / "run.json").exists()
-        assert [path.name for path in run_dir.iterdir()] == [LOCK_FILE]
+    second = _claim(run_dir)
+    assert (tmp_path / "run.1" / "run.json").exists()
+    assert [path.name for path in run_dir.iterdir()] == [LOCK_FILE]
+    second.release()
 
 
 def test_a_file_system_without_locks_is_noted(tmp_path, monkeypatch, capsys):
@@ -132,7 +134,7 @@ def test_a_file_system_without_locks_is_noted(tmp_path, monkeypatch, capsys):
         raise OSError("no locks here")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    _claim(tmp_path / "run").close()
+    _claim(tmp_path / "run").release()
     assert "no locks here" in capsys.readouterr().out
 
 
@@ -146,5 +148,6 @@ def test_the_next_command_is_quoted_for_the_shell(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(run_record, "plot_loss", lambda *_: None)
     monkeypatch.setattr(run_record, "read_metrics", lambda _: [])
     config = load_recipe("quickstart_stage1")
+    (tmp_path / "my run").mkdir()
     run_record.finish_run(tmp_path / "my run", config, Progress(step=1, loss=0.5), 1.0, RANKS)
     assert f"model.init_from='{tmp_path}/my run'" in capsys.readouterr().out
