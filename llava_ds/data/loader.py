@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,12 @@ class BatchStream:
             yield batch
 
 
+def _leave_signals_to_the_rank(_worker: int) -> None:
+    """Slurm signals every process of a job. A worker that ends then would end its rank, before that has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def build_loader(
     dataset: LlavaDataset,
     collator: Collator,
@@ -91,7 +98,10 @@ def build_loader(
     """The micro-batches of a rank, in the order of the plans. The number of workers changes nothing but the speed."""
     options: dict[str, Any] = {}
     if num_workers:
-        options = {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork"}
+        options = {
+            "persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork",
+            "worker_init_fn": _leave_signals_to_the_rank,
+        }
     loader = torch.utils.data.DataLoader(
         _Caught(dataset),
         batch_sampler=_RankBatches(plans, rank),

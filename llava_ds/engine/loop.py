@@ -237,16 +237,16 @@ def _agree(
     votes = (*saver.votes(), int(guard.wants_stop()))
     totals = _sum_over_ranks(torch.tensor((*counts, *votes), dtype=torch.float64), settings)
     num_supervised, num_bad, num_failed, num_saved, num_not_saved, num_asked = map(int, totals.tolist())
+    saver.settle(num_saved, num_not_saved, progress)
+    if num_asked:  # before failures: the signal may have ended what reads the data
+        guard.enter("saving before the end", progress.step)
+        saver.save_now(progress)
+        raise StopRequested(progress.step)
     if num_failed:
         for rank, message in enumerate(gather_objects(settings.ranks, failure and str(failure))):
             if message is not None:
                 where = f"rank {rank}: " if settings.ranks.world_size > 1 else ""
                 raise DataError(where + message, on_every_rank=True) from failure
-    saver.settle(num_saved, num_not_saved, progress)
-    if num_asked:
-        guard.enter("saving before the end", progress.step)
-        saver.save_now(progress)
-        raise StopRequested(progress.step)
     return num_supervised, num_bad
 
 def _check_planned(planned: int, found: int) -> None:

@@ -1,0 +1,141 @@
+"""What a batch script does before and after its ranks run; slurm/common.sh calls it.
+
+    python -m llava_ds.cluster.batch begin RUN             prints the folder of the new start
+    python -m llava_ds.cluster.batch refuse RUN MESSAGE    the start ends before it began: something is missing
+    python -m llava_ds.cluster.batch preflight RUN CODE    the preflight of the last start ended with this exit code
+    python -m llava_ds.cluster.batch end RUN CODE          srun did; prints done, requeue, resubmit NODE,NODE or stop
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llava_ds.cluster.decide import (
+    BAD_NODES,
+    SETTINGS_PROBLEM,
+    decide,
+    decide_for,
+    describe_past,
+    is_finished,
+    last_step,
+    of_one_job,
+)
+from llava_ds.engine.run_lock import SUCCEEDS_VARIABLE
+from llava_ds.errors import ConfigError
+from llava_ds.starts import (
+    End,
+    Failure,
+    Start,
+    begin_start,
+    conclude,
+    list_starts,
+    note_failure,
+    read_failures,
+    slurm_facts,
+    write_end,
+)
+
+EXCLUDE_VARIABLE = "LLAVA_EXCLUDE_BAD_NODES"
+PREFLIGHT_REPORT = "preflight.json"
+
+
+def begin(run_dir: Path, environ: Mapping[str, str]) -> Path:
+    """Makes the folder of a new start.
+
+    Raises ConfigError when the job's starts before it were all lost and came to nothing, so that it stops here.
+    """
+    facts: dict[str, Any] = {"step": last_step(run_dir), **slurm_facts(environ)}
+    if environ.get(SUCCEEDS_VARIABLE):
+        facts["succeeds"] = environ[SUCCEEDS_VARIABLE]
+    folder = begin_start(run_dir, facts)
+    before = of_one_job(list_starts(run_dir)[:-1], facts)
+    if before and before[-1].end and before[-1].end.reason == "lost":
+        decision, why = decide([describe_past(start) for start in before], last_step(run_dir))
+        if decision == "stop":
+            write_end(folder, End("failed", why, last_step(run_dir), "stop", why))
+            raise ConfigError(f"{run_dir} is not started again: {why}.\n  See tools/jobs why {run_dir}")
+    return folder
+
+
+def refuse(run_dir: Path, message: str, environ: Mapping[str, str]) -> None:
+    """Records a start that ends before it began."""
+    folder = begin_start(run_dir, slurm_facts(environ))
+    note_failure(folder, Failure(0, SETTINGS_PROBLEM, message))
+    write_end(folder, End("failed", message, last_step(run_dir), "stop", "what it needs is not there"))
+
+
+def note_preflight(start: Start, code: int) -> None:
+    """Records that the preflight of a start failed, as its report says."""
+    report = _read_report(start)
+    bad_nodes, problems = report.get("bad_nodes", []), report.get("problems", [])
+    messages = [problem["message"] for problem in problems]
+    if not messages:
+        note_failure(start.folder, Failure(0, "Preflight", f"it ended with exit code {code}; see preflight.log"))
+        return
+    error = BAD_NODES if bad_nodes else SETTINGS_PROBLEM
+    note_failure(start.folder, Failure(0, error, "\n".join(messages)))
+
+
+def end(run_dir: Path, start: Start, code: int, environ: Mapping[str, str]) -> End:
+    """Records how a start ended, and what is to be done now."""
+    found = End("finished") if is_finished(run_dir) else conclude(start.folder)
+    if found.reason == "lost":
+        message = f"no rank said why it ended; srun's exit code was {code}. The batch script's output may say more"
+        found = End("failed" if code else "lost", message)
+    write_end(start.folder, replace(found, step=last_step(run_dir)))
+    exclude = environ.get(EXCLUDE_VARIABLE) == "1"
+    decision, why = decide_for(run_dir, start.facts, exclude)
+    ended = replace(found, step=last_step(run_dir), decision=decision, why=why)
+    write_end(start.folder, ended)
+    return ended
+
+
+def _read_report(start: Start) -> dict[str, Any]:
+    try:
+        return dict(json.loads((start.folder / PREFLIGHT_REPORT).read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def main() -> None:
+    """The commands above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("begin", "refuse", "preflight", "end"))
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("value", nargs="?", default="0")
+    asked = parser.parse_args()
+    run_dir = asked.run_dir
+    try:
+        if asked.what == "begin":
+            print(begin(run_dir, os.environ))
+        elif asked.what == "refuse":
+            refuse(run_dir, asked.value, os.environ)
+        elif asked.what == "preflight":
+            note_preflight(list_starts(run_dir)[-1], int(asked.value))
+        else:
+            _end_and_tell(run_dir, int(asked.value))
+    except ConfigError as error:
+        sys.exit(f"ConfigError: {error}")
+    except OSError as error:
+        sys.exit(f"{run_dir} cannot be written: {error}\n  Choose another LLAVA_RUNS, or make room.")
+
+
+def _end_and_tell(run_dir: Path, code: int) -> None:
+    start = list_starts(run_dir)[-1]
+    ended = end(run_dir, start, code, os.environ)
+    for failure in read_failures(start.folder)[:8]:
+        print(f"rank {failure.rank} on {failure.host}: {failure.error}: {failure.message}", file=sys.stderr)
+    print(f"start {start.number} of {run_dir} {ended.reason}: {ended.message or ended.why}", file=sys.stderr)
+    print(f"decision: {ended.decision}, {ended.why}", file=sys.stderr)
+    print(ended.decision, ",".join(_read_report(start).get("bad_nodes", [])))
+
+
+if __name__ == "__main__":
+    main()

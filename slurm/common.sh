@@ -1,0 +1,211 @@
+# shellcheck shell=bash
+# What the scripts of this folder share; they source it. docs/slurm.md explains.
+#
+# A site's facts come from slurm/settings.sh (copy settings.example.sh) or from the environment, which wins.
+
+set -uo pipefail
+LLAVA_HOME=$(cd "$LLAVA_HOME" && pwd) || exit 1
+cd "$LLAVA_HOME" || exit 1
+export LLAVA_HOME
+
+llava_load_settings() {
+  local file=${LLAVA_SETTINGS:-slurm/settings.sh} given
+  given=$(export -p | grep -E '^declare -x LLAVA_[A-Z0-9_]+=' || true)
+  if [ -f "$file" ]; then
+    set -a
+    # shellcheck source=/dev/null
+    source "$file" || { echo "$file ended with an error; fix it" >&2; exit 1; }
+    set +a
+    eval "${given//declare -x /export }"
+  elif [ -n "${LLAVA_SETTINGS:-}" ]; then
+    echo "LLAVA_SETTINGS=$file: no such file" >&2
+    exit 1
+  fi
+  export LLAVA_RUNS=${LLAVA_RUNS:-runs}
+  mkdir -p "$LLAVA_RUNS" || exit 1
+  if [ -n "${LLAVA_DATA:-}" ] && [ ! "$LLAVA_DATA" -ef data ]; then
+    ln -sn "$(cd "$LLAVA_DATA" && pwd)" data || { echo "LLAVA_DATA=$LLAVA_DATA: recipes read data/, which is another folder; move it" >&2; exit 1; }
+  fi
+}
+
+# --- submitting ---------------------------------------------------------------------------------------------------
+
+llava_submit() { # script, sbatch's options..., --, the script's arguments...; prints the id of the job
+  local script=$1 options=()
+  shift
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
+  [ $# -gt 0 ] && shift
+  _llava_clean LLAVA_SUBMITTED=1 sbatch --parsable --job-name="llava-$(basename "$script" .sh)" \
+    --output="$LLAVA_RUNS/slurm-%j-%x.out" ${LLAVA_ACCOUNT:+--account="$LLAVA_ACCOUNT"} \
+    ${LLAVA_PARTITION:+--partition="$LLAVA_PARTITION"} ${LLAVA_QOS:+--qos="$LLAVA_QOS"} \
+    ${LLAVA_TIME:+--time="$LLAVA_TIME"} ${LLAVA_CONSTRAINT:+--constraint="$LLAVA_CONSTRAINT"} \
+    --nodes="${LLAVA_NODES:-1}" --ntasks-per-node="$(_llava_tasks_wanted)" \
+    ${LLAVA_GPUS_PER_NODE:+--gpus-per-node="$LLAVA_GPUS_PER_NODE"} ${LLAVA_MEM:+--mem="$LLAVA_MEM"} \
+    ${LLAVA_CPUS_PER_TASK:+--cpus-per-task="$LLAVA_CPUS_PER_TASK"} ${LLAVA_SBATCH:-} \
+    ${options[@]+"${options[@]}"} "$LLAVA_HOME/$script" "$@" | cut -d';' -f1
+}
+
+_llava_clean() { # runs a command without the variables of a surrounding job, which sbatch would hand on
+  local name drop=()
+  for name in $(compgen -e SLURM_ | grep -vx SLURM_CONF); do drop+=(-u "$name"); done
+  env ${drop[@]+"${drop[@]}"} -u LLAVA_DS_START "$@"
+}
+
+_llava_tasks_wanted() { echo "${LLAVA_TASKS_PER_NODE:-${LLAVA_GPUS_PER_NODE:-1}}"; }
+
+llava_enter() { # script, its arguments...: outside a job, and in a job without what the settings ask for, it is submitted
+  llava_load_settings
+  if [ -z "${SLURM_JOB_ID:-}" ] || { [ -z "${LLAVA_SUBMITTED:-}" ] && _llava_is_plain && _llava_wants_more; }; then
+    local job
+    job=$(llava_submit "$1" -- "${@:2}") && [ -n "$job" ] || exit 1
+    echo "job $job: $1 on ${LLAVA_NODES:-1} node(s) with $(_llava_tasks_wanted) task(s) each; output in $LLAVA_RUNS/slurm-$job-*.out"
+    exit 0
+  fi
+  eval "${LLAVA_SETUP:-:}"
+}
+
+_llava_is_plain() { # sbatch was given nothing that says how large the job is
+  [ "${SLURM_JOB_NUM_NODES:-1}" = 1 ] && [ "${SLURM_NTASKS:-1}" = 1 ] && [ -z "${SLURM_GPUS_ON_NODE:-}" ]
+}
+
+_llava_wants_more() { [ "${LLAVA_NODES:-1}" -gt 1 ] || [ "$(_llava_tasks_wanted)" -gt 1 ] || [ -n "${LLAVA_GPUS_PER_NODE:-}" ]; }
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+llava_python() { # on the batch script's own node
+  if [ -n "${LLAVA_CONTAINER:-}" ]; then
+    srun --overlap --nodes=1 --ntasks=1 --nodelist="$(hostname -s)" "${LLAVA_CONTAINED[@]}" python "$@"
+  else
+    python "$@"
+  fi
+}
+
+_llava_environment() { # the Python of the ranks, and what NCCL and OpenMP are told
+  LLAVA_CONTAINED=() LLAVA_INSIDE=()
+  case ${LLAVA_CONTAINER:-} in
+    "") local venv=${LLAVA_VENV:-.venv}
+      [ -f "$venv/bin/activate" ] || { echo "LLAVA_VENV=$venv: no virtual environment there; make install creates .venv" >&2; exit 1; }
+      # shellcheck source=/dev/null
+      source "$venv/bin/activate" ;;
+    *.sif) LLAVA_INSIDE=(apptainer exec --nv --bind "$LLAVA_HOME,${LLAVA_CONTAINER_MOUNTS:-$LLAVA_RUNS}" "$LLAVA_CONTAINER") ;;
+    *) LLAVA_CONTAINED=(--container-image="$LLAVA_CONTAINER" --container-workdir="$LLAVA_HOME"
+      --container-mounts="$LLAVA_HOME:$LLAVA_HOME${LLAVA_CONTAINER_MOUNTS:+,$LLAVA_CONTAINER_MOUNTS}") ;;
+  esac
+  export PYTHONUNBUFFERED=1 PYTHONPATH=$LLAVA_HOME${PYTHONPATH:+:$PYTHONPATH}
+  # One thread for each core of a rank's share; without it every rank starts one for each core of the node.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+  # Says which interface and which transport were chosen when something is wrong, and nothing else.
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+  # A collective that fails ends its process, so that srun ends the rest: not a hang.
+  export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+  # Nodes with several networks: NCCL's and gloo's first choice may be one that does not reach the other nodes.
+  [ -z "${LLAVA_INTERFACE:-}" ] || export NCCL_SOCKET_IFNAME=$LLAVA_INTERFACE GLOO_SOCKET_IFNAME=$LLAVA_INTERFACE
+}
+
+_llava_layout() { # how many ranks, and where they meet
+  local tasks=${LLAVA_TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-1} / SLURM_JOB_NUM_NODES))}}}
+  LLAVA_TASKS=$((tasks > 0 ? tasks : 1))
+  if [ "$LLAVA_TASKS" -gt "${SLURM_CPUS_ON_NODE:-$LLAVA_TASKS}" ]; then
+    echo "$LLAVA_TASKS ranks a node, but the job has $SLURM_CPUS_ON_NODE CPU(s) on $(hostname -s): submit it with --ntasks-per-node=$LLAVA_TASKS, --cpus-per-task or --exclusive" >&2
+    exit 1
+  fi
+  LLAVA_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
+  export MASTER_ADDR=${LLAVA_HOSTS%%,*}
+  # Another port for another job, and for another start of it: the last one's may not be free yet.
+  export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0} * 2) % 20000))
+}
+
+_llava_srun() { # ranks a node, command...: one task a rank, on all nodes
+  local tasks=$1
+  shift
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * tasks)) --ntasks-per-node="$tasks" \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --kill-on-bad-exit=1 \
+    ${LLAVA_CONTAINED[@]+"${LLAVA_CONTAINED[@]}"} \
+    "$LLAVA_HOME/slurm/rank.sh" ${LLAVA_INSIDE[@]+"${LLAVA_INSIDE[@]}"} "$@"
+}
+
+_llava_wait() { # sets LLAVA_CODE; while the step runs, a signal that came is passed on until it is heeded
+  local pid=$1 telling=
+  while :; do
+    wait "$pid"
+    LLAVA_CODE=$?
+    kill -0 "$pid" 2>/dev/null || break
+    [ -n "$telling" ] && continue
+    # Ranks that still start up do not listen yet.
+    while kill -USR1 "$pid" 2>/dev/null; do sleep 5; done &
+    telling=$!
+  done
+  [ -z "$telling" ] || kill "$telling" 2>/dev/null
+}
+
+_llava_noticed() { echo "$(date '+%F %T') signal $1: the ranks save and end"; LLAVA_NOTICED=$1; }
+
+llava_train() { # name of the run's folder, recipe, options of train.py...
+  local run=$LLAVA_RUNS/$1 recipe=$2
+  shift 2
+  _llava_environment
+  _llava_layout
+  [ ! -f "$run/FINISHED" ] || { echo "$run is finished"; exit 0; }
+  LLAVA_DS_START=$(llava_python -m llava_ds.cluster.batch begin "$run") || exit 1
+  export LLAVA_DS_START
+  echo "$(date '+%F %T') job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0}: $run, start $(basename "$LLAVA_DS_START") on $LLAVA_HOSTS, $LLAVA_TASKS rank(s) each"
+  LLAVA_NOTICED='' LLAVA_CODE=0
+  trap '_llava_noticed USR1' USR1
+  trap '_llava_noticed TERM' TERM
+  if [ "${LLAVA_PREFLIGHT:-1}" = 1 ]; then
+    LLAVA_STEP=preflight _llava_srun 1 python tools/preflight --recipe "$recipe" --run-dir "$run" --nodes "$LLAVA_HOSTS" \
+      --report "$LLAVA_DS_START/preflight.json" ${LLAVA_PREFLIGHT_OPTIONS:-} "$@" &
+    _llava_wait $!
+    [ $LLAVA_CODE = 0 ] || llava_python -m llava_ds.cluster.batch preflight "$run" "$LLAVA_CODE"
+  fi
+  if [ $LLAVA_CODE = 0 ] && [ -z "$LLAVA_NOTICED" ]; then
+    _llava_srun "$LLAVA_TASKS" python llava_ds/train.py --deepspeed "${LLAVA_DEEPSPEED:-ds_configs/zero3.json}" \
+      --recipe "$recipe" --run-dir "$run" --resume "$@" &
+    _llava_wait $!
+  fi
+  _llava_after "$run"
+}
+
+_llava_after() { # run folder: what has to be done now that srun has ended
+  local decision nodes
+  read -r decision nodes < <(llava_python -m llava_ds.cluster.batch end "$1" "$LLAVA_CODE")
+  if python3 -m llava_ds.cluster.slurm_jobs cancelled "$SLURM_JOB_ID"; then
+    echo "the job was cancelled, so it is not started again"
+    exit 1
+  fi
+  case ${decision:-stop} in
+    done) exit 0 ;;
+    requeue)
+      if scontrol requeue "$SLURM_JOB_ID"; then
+        sleep 60 # until Slurm ends this script
+      fi
+      echo "Slurm does not requeue this job; it is submitted anew"
+      _llava_resubmit "" ;;
+    resubmit) _llava_resubmit "$nodes" ;;
+    *) exit 1 ;;
+  esac
+}
+
+_llava_resubmit() { # nodes to leave out
+  local job
+  job=$(python3 -m llava_ds.cluster.slurm_jobs resubmit "$SLURM_JOB_ID" ${1:+--exclude "$1"} "${LLAVA_SELF[@]}") || exit 1
+  echo "job $job goes on in its place${1:+, without $1}"
+  exit 0
+}
+
+llava_require() { # run folder that needs it, file, what it says
+  [ -e "$2" ] && return
+  _llava_environment
+  echo "$3: there is no $2" >&2
+  llava_python -m llava_ds.cluster.batch refuse "$1" "$3: there is no $2"
+  exit 1
+}
+
+llava_step() { # file that is there when it is done, command...: one task on one node
+  local marker=$1
+  shift
+  _llava_environment
+  [ ! -e "$marker" ] || { echo "$marker is there already"; exit 0; }
+  srun --nodes=1 --ntasks=1 ${LLAVA_CONTAINED[@]+"${LLAVA_CONTAINED[@]}"} ${LLAVA_INSIDE[@]+"${LLAVA_INSIDE[@]}"} "$@"
+  [ -e "$marker" ] || { echo "$1 ended without $marker" >&2; exit 1; }
+}

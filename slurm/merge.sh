@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=llava-merge
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+# What stage 2 trained, as one folder: sbatch slurm/merge.sh. Writes $LLAVA_RUNS/merged.
+
+LLAVA_HOME=${LLAVA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
+source "$LLAVA_HOME/slurm/common.sh"
+LLAVA_SELF=(slurm/merge.sh "$@")
+llava_enter "${LLAVA_SELF[@]}"
+
+llava_require "$LLAVA_RUNS/stage2" "$LLAVA_RUNS/stage2/FINISHED" "stage 2 is not finished"
+llava_step "$LLAVA_RUNS/merged/COMPLETE" python tools/merge_ckpt "$LLAVA_RUNS/stage2" "$LLAVA_RUNS/merged"

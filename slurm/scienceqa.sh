@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=llava-scienceqa
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+# The ScienceQA run, from what stage 1 left: sbatch slurm/scienceqa.sh [--set key=value ...]. Writes $LLAVA_RUNS/scienceqa.
+
+LLAVA_HOME=${LLAVA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
+source "$LLAVA_HOME/slurm/common.sh"
+LLAVA_SELF=(slurm/scienceqa.sh "$@")
+llava_enter "${LLAVA_SELF[@]}"
+
+llava_require "$LLAVA_RUNS/scienceqa" "$LLAVA_RUNS/stage1/FINISHED" "stage 1 is not finished"
+llava_train scienceqa "${LLAVA_SCIENCEQA_RECIPE:-paper_scienceqa_7b}" --set "model.init_from=$LLAVA_RUNS/stage1" "$@"

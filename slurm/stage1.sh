@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=llava-stage1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+# Stage 1, feature alignment: sbatch slurm/stage1.sh [--set key=value ...]. Writes $LLAVA_RUNS/stage1.
+
+LLAVA_HOME=${LLAVA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
+source "$LLAVA_HOME/slurm/common.sh"
+LLAVA_SELF=(slurm/stage1.sh "$@")
+llava_enter "${LLAVA_SELF[@]}"
+
+llava_train stage1 "${LLAVA_STAGE1_RECIPE:-quickstart_stage1}" "$@"

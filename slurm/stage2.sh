@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=llava-stage2
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+# Stage 2, end to end, from what stage 1 left: sbatch slurm/stage2.sh [--set key=value ...]. Writes $LLAVA_RUNS/stage2.
+
+LLAVA_HOME=${LLAVA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
+source "$LLAVA_HOME/slurm/common.sh"
+LLAVA_SELF=(slurm/stage2.sh "$@")
+llava_enter "${LLAVA_SELF[@]}"
+
+llava_require "$LLAVA_RUNS/stage2" "$LLAVA_RUNS/stage1/FINISHED" "stage 1 is not finished"
+llava_train stage2 "${LLAVA_STAGE2_RECIPE:-quickstart_stage2}" --set "model.init_from=$LLAVA_RUNS/stage1" "$@"
