@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test slow-test checkpoint-test kernel-test lint clean
+.PHONY: install quickstart test slow-test checkpoint-test kernel-test slurm-test lint clean
 
 install: .venv/.installed
 
@@ -28,6 +28,9 @@ checkpoint-test: install
 
 kernel-test: install
 	$(BIN)/python -m pytest -m "kernel or not kernel" tests/kernel tests/gpu
+
+slurm-test: install
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: install
 	$(BIN)/ruff check . tools/*

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -48,6 +49,8 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
 def init_distributed(device: torch.device, timeout_s: float = 1800) -> None:
     """Joins the process group of the launcher's environment (NCCL on GPUs, gloo on CPUs)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls torch by old names, and torch says so at every collective.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device.type == "cpu":
         # Otherwise DeepSpeed compiles a shared-memory operator for about a minute, and fails without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

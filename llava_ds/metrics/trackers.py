@@ -9,11 +9,27 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from llava_ds.errors import BackendUnavailableError, DataError
+
+
+class _Lines:
+    """A file that gets every state of a bar as a line of its own, in the place of one line that is written over."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        """Writes a line, unless there is nothing in it."""
+        line = text.strip()
+        return self._file.write(f"{line}\n") if line else 0
+
+    def flush(self) -> None:
+        """Flushes the file."""
+        self._file.flush()
 
 
 class ProgressBar:
@@ -24,7 +40,7 @@ class ProgressBar:
             total=num_steps,
             initial=num_done,
             desc=title,
-            file=sys.stdout,
+            file=sys.stdout if sys.stdout.isatty() else _Lines(sys.stdout),
             mininterval=0.5 if sys.stdout.isatty() else 10.0,
             dynamic_ncols=sys.stdout.isatty(),
         )

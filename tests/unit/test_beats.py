@@ -1,0 +1,58 @@
+"""Who hangs, from what the ranks said last."""
+
+from llava_ds.engine.beats import Beat, find_hang
+
+WAITING = '  File "torch/distributed/distributed_c10d.py", line 1, in all_reduce\n'
+BUSY = '  File "llava_ds/data/images.py", line 131, in _read\n'
+
+
+def _beats(counts, still_s=100.0, stacks=None, phase="forward"):
+    return [
+        Beat(rank, f"node{rank}", count, phase, 7, still_s, (f"s{rank}",), stacks[rank] if stacks else "")
+        for rank, count in enumerate(counts)
+    ]
+
+
+def _heard(beats, silent=()):
+    return {beat.rank: 200.0 if beat.rank in silent else 1.0 for beat in beats}
+
+
+def test_nobody_hangs_while_one_goes_on():
+    beats = _beats([5, 5, 5])
+    moving = [*beats[:2], Beat(2, "node2", 6, "forward", 7, 3.0)]
+    assert find_hang(moving, _heard(moving), 60) is None
+    assert find_hang(_beats([5, 5], still_s=59.0), _heard(beats[:2]), 60) is None
+
+
+def test_the_rank_that_is_behind_hangs():
+    beats = _beats([9, 8, 9])
+    hang = find_hang(beats, _heard(beats), 60)
+    assert hang.ranks == (1,)
+    assert "rank 1 on node1 has not gone on for 100 s: step 7, forward, samples s1" in hang.message
+    assert "The other 2 rank(s) wait: forward" in hang.message
+
+
+def test_a_rank_without_a_sign_of_life_is_named_also_while_others_seem_to_go_on():
+    beats = _beats([9, 9, 9], still_s=1.0)
+    hang = find_hang(beats, _heard(beats, silent={2}), 60)
+    assert hang.ranks == (2,) and "rank 2 on node2 has given no sign of life for 200 s" in hang.message
+
+
+def test_in_the_same_place_the_one_that_does_not_wait_hangs():
+    beats = _beats([9, 9, 9], stacks=[WAITING, BUSY, WAITING])
+    hang = find_hang(beats, _heard(beats), 60)
+    assert hang.ranks == (1,) and "images.py" in hang.message
+
+
+def test_where_all_wait_for_each_other_none_is_named():
+    for stacks in ([WAITING] * 2, [BUSY] * 2):
+        beats = _beats([9, 9], stacks=stacks)
+        hang = find_hang(beats, _heard(beats), 60)
+        assert hang.ranks == () and "Look at the network" in hang.message
+
+
+def test_of_a_thousand_ranks_the_first_are_told_and_the_others_counted():
+    beats = _beats([8 if rank % 2 else 9 for rank in range(1024)])
+    hang = find_hang(beats, _heard(beats), 60)
+    assert len(hang.ranks) == 512 and hang.ranks[:3] == (1, 3, 5)
+    assert hang.message.count("has not gone on") == 4 and "and 508 more ranks: 9, 11" in hang.message
