@@ -124,18 +124,27 @@ _llava_srun() { # ranks a node, command...: one task a rank, on all nodes
     "$LLAVA_HOME/slurm/rank.sh" ${LLAVA_INSIDE[@]+"${LLAVA_INSIDE[@]}"} "$@"
 }
 
-_llava_wait() { # sets LLAVA_CODE; while the step runs, a signal that came is passed on until it is heeded
-  local pid=$1 telling=
+_llava_wait() { # number of ranks, srun's pid; sets LLAVA_CODE. A signal that came is passed on until it is heeded
+  local pid=$2 telling=
   while :; do
     wait "$pid"
     LLAVA_CODE=$?
     kill -0 "$pid" 2>/dev/null || break
     [ -n "$telling" ] && continue
-    # Ranks that still start up do not listen yet.
-    while kill -USR1 "$pid" 2>/dev/null; do sleep 5; done &
+    _llava_tell "$1" "$pid" &
     telling=$!
   done
   [ -z "$telling" ] || kill "$telling" 2>/dev/null
+}
+
+_llava_tell() { # number of ranks, srun's pid: signals the ranks, as long as they live
+  while kill -0 "$2" 2>/dev/null; do
+    # Before its log is there, a rank would die of a signal; and while it starts up, it does not listen yet.
+    if [ "$(find "$LLAVA_DS_START" -name "${LLAVA_STEP:+$LLAVA_STEP-}rank-*.log" | wc -l)" -ge "$1" ]; then
+      scancel --signal=USR1 "$SLURM_JOB_ID"
+    fi
+    sleep 3
+  done
 }
 
 _llava_noticed() { echo "$(date '+%F %T') signal $1: the ranks save and end"; LLAVA_NOTICED=$1; }
@@ -153,22 +162,24 @@ llava_train() { # name of the run's folder, recipe, options of train.py...
   trap '_llava_noticed USR1' USR1
   trap '_llava_noticed TERM' TERM
   if [ "${LLAVA_PREFLIGHT:-1}" = 1 ]; then
-    LLAVA_STEP=preflight _llava_srun 1 python tools/preflight --recipe "$recipe" --run-dir "$run" --nodes "$LLAVA_HOSTS" \
+    export LLAVA_STEP=preflight
+    _llava_srun 1 python tools/preflight --recipe "$recipe" --run-dir "$run" --nodes "$LLAVA_HOSTS" \
       --report "$LLAVA_DS_START/preflight.json" ${LLAVA_PREFLIGHT_OPTIONS:-} "$@" &
-    _llava_wait $!
+    _llava_wait "$SLURM_JOB_NUM_NODES" $!
+    unset LLAVA_STEP
     [ $LLAVA_CODE = 0 ] || llava_python -m llava_ds.cluster.batch preflight "$run" "$LLAVA_CODE"
   fi
   if [ $LLAVA_CODE = 0 ] && [ -z "$LLAVA_NOTICED" ]; then
     _llava_srun "$LLAVA_TASKS" python llava_ds/train.py --deepspeed "${LLAVA_DEEPSPEED:-ds_configs/zero3.json}" \
       --recipe "$recipe" --run-dir "$run" --resume "$@" &
-    _llava_wait $!
+    _llava_wait $((SLURM_JOB_NUM_NODES * LLAVA_TASKS)) $!
   fi
   _llava_after "$run"
 }
 
 _llava_after() { # run folder: what has to be done now that srun has ended
   local decision nodes
-  read -r decision nodes < <(llava_python -m llava_ds.cluster.batch end "$1" "$LLAVA_CODE")
+  read -r decision nodes < <(llava_python -m llava_ds.cluster.batch end "$1" "$LLAVA_CODE" ${LLAVA_NOTICED:+--noticed})
   if python3 -m llava_ds.cluster.slurm_jobs cancelled "$SLURM_JOB_ID"; then
     echo "the job was cancelled, so it is not started again"
     exit 1
@@ -176,8 +187,10 @@ _llava_after() { # run folder: what has to be done now that srun has ended
   case ${decision:-stop} in
     done) exit 0 ;;
     requeue)
+      trap '' TERM USR1
       if scontrol requeue "$SLURM_JOB_ID"; then
-        sleep 60 # until Slurm ends this script
+        sleep 120 # Slurm ends this script meanwhile
+        exit 1
       fi
       echo "Slurm does not requeue this job; it is submitted anew"
       _llava_resubmit "" ;;

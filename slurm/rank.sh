@@ -15,15 +15,24 @@ stamp() {
 }
 
 if [ "$SLURM_PROCID" = 0 ]; then
-  "$@" 2>&1 | stamp | tee -a "$log"
+  exec {out}> >(stamp | tee -a "$log")
 else
-  "$@" 2>&1 | stamp >>"$log"
+  exec {out}> >(stamp >>"$log")
 fi
-code=${PIPESTATUS[0]}
+stamper=$!
+"$@" >&"$out" 2>&1 &
+exec {out}>&-
+wait $!
+code=$?
 if [ "$code" -gt 128 ] && [ ! -e "$LLAVA_DS_START/failed-$rank.json" ] && [ -z "${LLAVA_STEP:-}" ]; then
   signal=$((code - 128)) why=
   [ $signal = 9 ] && why='; the machine was short of memory, or someone killed it'
   printf '{"rank": %d, "error": "Killed", "message": "killed by signal %d%s", "host": "%s", "time": %s}\n' \
     "$SLURM_PROCID" "$signal" "$why" "$(hostname)" "${EPOCHREALTIME/,/.}" >"$LLAVA_DS_START/failed-$rank.json"
 fi
+# A process that the command left may hold its output open: it is not waited for.
+for _ in {1..20}; do
+  kill -0 "$stamper" 2>/dev/null || break
+  sleep 0.1
+done
 exit "$code"

@@ -3,7 +3,8 @@
     python -m llava_ds.cluster.batch begin RUN             prints the folder of the new start
     python -m llava_ds.cluster.batch refuse RUN MESSAGE    the start ends before it began: something is missing
     python -m llava_ds.cluster.batch preflight RUN CODE    the preflight of the last start ended with this exit code
-    python -m llava_ds.cluster.batch end RUN CODE          srun did; prints done, requeue, resubmit NODE,NODE or stop
+    python -m llava_ds.cluster.batch end RUN CODE          srun did; prints done, requeue, resubmit NODE,NODE or stop;
+                                                           --noticed when the batch script had got a signal
 """
 
 from __future__ import annotations
@@ -83,10 +84,12 @@ def note_preflight(start: Start, code: int) -> None:
     note_failure(start.folder, Failure(0, error, "\n".join(messages)))
 
 
-def end(run_dir: Path, start: Start, code: int, environ: Mapping[str, str]) -> End:
+def end(run_dir: Path, start: Start, code: int, environ: Mapping[str, str], noticed: bool = False) -> End:
     """Records how a start ended, and what is to be done now."""
     found = End("finished") if is_finished(run_dir) else conclude(start.folder)
-    if found.reason == "lost":
+    if found.reason == "lost" and noticed:
+        found = End("stopped", "stopped by a signal before its first step")
+    elif found.reason == "lost":
         message = f"no rank said why it ended; srun's exit code was {code}. The batch script's output may say more"
         found = End("failed" if code else "lost", message)
     write_end(start.folder, replace(found, step=last_step(run_dir)))
@@ -110,6 +113,7 @@ def main() -> None:
     parser.add_argument("what", choices=("begin", "refuse", "preflight", "end"))
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("value", nargs="?", default="0")
+    parser.add_argument("--noticed", action="store_true")
     asked = parser.parse_args()
     run_dir = asked.run_dir
     try:
@@ -120,16 +124,16 @@ def main() -> None:
         elif asked.what == "preflight":
             note_preflight(list_starts(run_dir)[-1], int(asked.value))
         else:
-            _end_and_tell(run_dir, int(asked.value))
+            _end_and_tell(run_dir, int(asked.value), asked.noticed)
     except ConfigError as error:
         sys.exit(f"ConfigError: {error}")
     except OSError as error:
         sys.exit(f"{run_dir} cannot be written: {error}\n  Choose another LLAVA_RUNS, or make room.")
 
 
-def _end_and_tell(run_dir: Path, code: int) -> None:
+def _end_and_tell(run_dir: Path, code: int, noticed: bool) -> None:
     start = list_starts(run_dir)[-1]
-    ended = end(run_dir, start, code, os.environ)
+    ended = end(run_dir, start, code, os.environ, noticed)
     for failure in read_failures(start.folder)[:8]:
         print(f"rank {failure.rank} on {failure.host}: {failure.error}: {failure.message}", file=sys.stderr)
     print(f"start {start.number} of {run_dir} {ended.reason}: {ended.message or ended.why}", file=sys.stderr)

@@ -19,10 +19,15 @@ from llava_ds.starts import START_VARIABLE
 
 _TIMEOUT_S = 60
 _PAIR = re.compile(r"(\S+?)=(.*?)(?= \S+?=|$)")
+# Of the batch script's environment; what Slurm shows of a job that is about to end may be other numbers.
+_SIZES = {
+    "SLURM_JOB_NUM_NODES": "--nodes", "SLURM_NTASKS_PER_NODE": "--ntasks-per-node",
+    "SLURM_CPUS_PER_TASK": "--cpus-per-task",
+}
 # Of `scontrol show job` and of sbatch. What a job did not ask for is "(null)" or "N/A" there.
 _OPTIONS = {
     "JobName": "--job-name", "Account": "--account", "Partition": "--partition", "QOS": "--qos",
-    "NumNodes": "--nodes", "NumTasks": "--ntasks", "CPUs/Task": "--cpus-per-task", "TimeLimit": "--time",
+    "TimeLimit": "--time",
     "TresPerNode": "--gres", "MinMemoryNode": "--mem", "MinMemoryCPU": "--mem-per-cpu", "Features": "--constraint",
     "Reservation": "--reservation", "StdOut": "--output",
 }
@@ -49,7 +54,7 @@ def resubmit(job: str, script: str, arguments: Sequence[str], exclude: Sequence[
     """
     shown = show_job(job)
     excluded = [name for name in (shown.get("ExcNodeList", "(null)"), *exclude) if name not in ("", "(null)")]
-    command = ["sbatch", "--parsable", *options_of(shown)]
+    command = ["sbatch", "--parsable", *options_of(shown, os.environ)]
     command += [f"--exclude={','.join(excluded)}"] if excluded else []
     new = _run([*command, script, *arguments], clean_environ(os.environ, job)).strip().split(";")[0]
     for dependent, dependency in _dependents(job):
@@ -58,9 +63,11 @@ def resubmit(job: str, script: str, arguments: Sequence[str], exclude: Sequence[
     return new
 
 
-def options_of(shown: Mapping[str, str]) -> list[str]:
-    """The options of sbatch that ask for what a job has."""
-    options = []
+def options_of(shown: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
+    """The options of sbatch that ask for what a job has, by ``scontrol show job`` and by its script's environment."""
+    options = [f"{option}={environ[name]}" for name, option in _SIZES.items() if environ.get(name)]
+    if shown.get("OverSubscribe") == "NO":
+        options.append("--exclusive")
     for key, option in _OPTIONS.items():
         value = shown.get(key, "(null)")
         if value in ("", "(null)", "N/A", "0", "UNLIMITED"):
