@@ -147,7 +147,10 @@ def conclude(folder: Path) -> End:
         return End("lost", "it ended without a word: a machine, or its whole job, was killed")
     if failure.error == HANG:
         return End("hung", failure.message, failure.step)
-    return End("failed", f"rank {failure.rank} on {failure.host}: {failure.error}: {failure.message}", failure.step)
+    who = f"rank {failure.rank} on {failure.host}"
+    if failure.of_peer:
+        who = f"a rank is gone without a word, as {who} says"
+    return End("failed", f"{who}: {failure.error}: {failure.message}", failure.step)
 
 
 def rank_log(folder: Path, rank: int) -> Path:

@@ -24,7 +24,11 @@ llava_load_settings() {
   export LLAVA_RUNS=${LLAVA_RUNS:-runs}
   mkdir -p "$LLAVA_RUNS" || exit 1
   if [ -n "${LLAVA_DATA:-}" ] && [ ! "$LLAVA_DATA" -ef data ]; then
-    ln -sn "$(cd "$LLAVA_DATA" && pwd)" data || { echo "LLAVA_DATA=$LLAVA_DATA: recipes read data/, which is another folder; move it" >&2; exit 1; }
+    ln -sn "$(cd "$LLAVA_DATA" && pwd)" data 2>/dev/null
+    if [ ! "$LLAVA_DATA" -ef data ]; then
+      echo "LLAVA_DATA=$LLAVA_DATA: recipes read $LLAVA_HOME/data, which is another folder; move that" >&2
+      exit 1
+    fi
   fi
 }
 
@@ -103,7 +107,8 @@ _llava_environment() { # the Python of the ranks, and what NCCL and OpenMP are t
 }
 
 _llava_layout() { # how many ranks, and where they meet
-  local tasks=${LLAVA_TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-1} / SLURM_JOB_NUM_NODES))}}}
+  local tasks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-1} / SLURM_JOB_NUM_NODES))}}
+  [ -z "${LLAVA_SUBMITTED:-}" ] || tasks=$(_llava_tasks_wanted)
   LLAVA_TASKS=$((tasks > 0 ? tasks : 1))
   if [ "$LLAVA_TASKS" -gt "${SLURM_CPUS_ON_NODE:-$LLAVA_TASKS}" ]; then
     echo "$LLAVA_TASKS ranks a node, but the job has $SLURM_CPUS_ON_NODE CPU(s) on $(hostname -s): submit it with --ntasks-per-node=$LLAVA_TASKS, --cpus-per-task or --exclusive" >&2
@@ -186,17 +191,28 @@ _llava_after() { # run folder: what has to be done now that srun has ended
   fi
   case ${decision:-stop} in
     done) exit 0 ;;
-    requeue)
-      trap '' TERM USR1
-      if scontrol requeue "$SLURM_JOB_ID"; then
-        sleep 120 # Slurm ends this script meanwhile
-        exit 1
-      fi
-      echo "Slurm does not requeue this job; it is submitted anew"
-      _llava_resubmit "" ;;
+    requeue) _llava_requeue ;;
     resubmit) _llava_resubmit "$nodes" ;;
     *) exit 1 ;;
   esac
+}
+
+_llava_requeue() { # asks until Slurm has begun to; it may do so by itself, as after the failure of a node
+  local shown
+  trap '' TERM USR1
+  for _ in {1..20}; do
+    shown=$(scontrol show job -o "$SLURM_JOB_ID")
+    case $shown in
+      *" Requeue=0 "*)
+        echo "Slurm does not requeue this job; it is submitted anew"
+        _llava_resubmit "" ;;
+      *JobState=RUNNING*) scontrol requeue "$SLURM_JOB_ID" && break ;;
+      *JobState=*) break ;;
+    esac
+    sleep 10
+  done
+  sleep 120 # Slurm ends this script meanwhile
+  exit 1
 }
 
 _llava_resubmit() { # nodes to leave out

@@ -88,7 +88,7 @@ def end(run_dir: Path, start: Start, code: int, environ: Mapping[str, str], noti
     """Records how a start ended, and what is to be done now."""
     found = End("finished") if is_finished(run_dir) else conclude(start.folder)
     if found.reason == "lost" and noticed:
-        found = End("stopped", "stopped by a signal before its first step")
+        found = replace(found, message="it was ended by a signal before it could save")
     elif found.reason == "lost":
         message = f"no rank said why it ended; srun's exit code was {code}. The batch script's output may say more"
         found = End("failed" if code else "lost", message)

@@ -22,6 +22,9 @@ SETTINGS_PROBLEM, BAD_NODES = "SettingsProblem", "BadNodes"
 SETTINGS_ERRORS = ("ConfigError", "BackendUnavailableError", SETTINGS_PROBLEM)
 """What is as wrong the next time: settings are the same on every start."""
 
+OF_PEERS = "a rank is gone"
+"""The kind of a failure of which only other ranks tell, each in its words."""
+
 
 @dataclass(frozen=True)
 class Past:
@@ -46,19 +49,21 @@ def decide(past: Sequence[Past], step: int, exclude: bool = False) -> tuple[Deci
         return "done", "all steps are done"
     if last.settings:
         return "stop", "its settings are wrong, so every start would end like this one"
-    idle = list(takewhile(lambda one: one.began_at >= step, reversed(past)))
+    # The save before step 1 is no progress.
+    idle = list(takewhile(lambda one: max(0, one.began_at) >= max(0, step), reversed(past)))
     same = len(list(takewhile(lambda one: one.signature == last.signature, idle)))
-    where = f"step {step} is still the last that is saved" if step >= 0 else "no step is saved yet"
+    where = f"step {step} is the last that is saved" if step > 0 else "no step is done and saved yet"
     if last.bad_nodes and not exclude:
         return "stop", "nodes are named as bad: set LLAVA_EXCLUDE_BAD_NODES=1, or submit it with --exclude"
     if last.reason in ("failed", "hung") and same >= MAX_SAME and not last.bad_nodes:
-        return "stop", f"it {last.reason} the same way {same} times in a row, and {where}"
+        return "stop", f"it {last.reason} the same way {same} times in a row without a new checkpoint; {where}"
     if len(idle) >= MAX_IDLE:
         reasons = ", ".join(one.reason for one in reversed(idle))
         return "stop", f"{len(idle)} starts in a row ({reasons}) came to nothing: {where}"
     if last.bad_nodes:
         return "resubmit", f"without the nodes that are named as bad; {where}"
-    return "requeue", f"it {'was stopped' if last.reason == 'stopped' else last.reason}; {where}"
+    was = "was " if last.reason in ("stopped", "lost") else ""
+    return "requeue", f"it {was}{last.reason}; {where}"
 
 
 def decide_for(run_dir: Path, facts: Mapping[str, Any], exclude: bool = False) -> tuple[Decision, str]:
@@ -78,7 +83,7 @@ def describe_past(start: Start) -> Past:
     failure = root_failure(read_failures(start.folder))
     if failure is None or end.reason in ("finished", "stopped"):
         return Past(end.reason, signature(end.reason, end.message), began_at)
-    kind = signature(failure.error, failure.message)
+    kind = OF_PEERS if failure.of_peer else signature(failure.error, failure.message)
     return Past(end.reason, kind, began_at, failure.error in SETTINGS_ERRORS, failure.error == BAD_NODES)
 
 

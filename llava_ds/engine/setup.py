@@ -34,11 +34,22 @@ from llava_ds.models.build import DTYPES, Backend, resolve_attention, resolve_pa
 
 
 def select_device(ranks: Ranks) -> torch.device:
-    """This rank's GPU, or the CPU where there is none (or ``DS_ACCELERATOR=cpu`` asks for it)."""
+    """This rank's GPU, or the CPU where there is none (or ``DS_ACCELERATOR=cpu`` asks for it).
+
+    Raises ConfigError when a machine has more ranks than GPUs.
+    """
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(ranks.local_rank)
-    return torch.device("cuda", ranks.local_rank)
+    # Slurm may bind each rank to one GPU (--gpus-per-task=1), which is number 0 there.
+    num_devices = torch.cuda.device_count()
+    index = 0 if num_devices == 1 else ranks.local_rank
+    if index >= num_devices:
+        raise ConfigError(
+            f"rank {ranks.rank} is number {ranks.local_rank} of its machine, which shows it {num_devices} GPUs "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}).\n  Start as many ranks as GPUs."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def load_weights(

@@ -6,6 +6,8 @@ import pytest
 
 from llava_ds.checkpoint.layout import list_steps
 from llava_ds.config import find_recipe
+from llava_ds.starts import list_starts
+from tests.helpers.launch import ROOT
 from tests.slurm.runs import Job, read_json
 
 pytestmark = pytest.mark.slurm
@@ -44,11 +46,23 @@ def test_the_pipeline_goes_from_data_to_scores(tmp_path, cluster, settings):
     assert scores["num_questions"]["name"] == 288, scores
 
 
-def test_a_chain_stops_where_a_stage_does_not_finish(tmp_path, cluster, settings):
-    """Stage 2 finds no marker of stage 1, and says so, whatever the exit codes were."""
-    job = Job(cluster, tmp_path / "runs", settings).submit("slurm/stage2.sh")
+def test_sbatch_itself_takes_the_settings_and_a_stage_stops_where_the_one_before_is_not_finished(
+    tmp_path, cluster, settings
+):
+    """The plain job submits one as large as the settings say. That finds no marker of stage 1, and tells it."""
+    job = Job(cluster, tmp_path / "runs", settings)
+    plain = cluster.sbatch(f"--output={tmp_path}/plain", "slurm/stage2.sh", env=job.environ(), cwd=ROOT)
+    cluster.wait_for_state(plain, "COMPLETED", seconds=60)
+    job.id = int(re.search(r"job (\d+): slurm/stage2.sh on 2 node", (tmp_path / "plain").read_text())[1])
     job.wait("FAILED")
-    (start,) = (job.runs / "stage2" / "starts").iterdir()
-    end = read_json(start / "end.json")
-    assert end["decision"] == "stop"
-    assert end["message"] == f"stage 1 is not finished: there is no {job.runs}/stage1/FINISHED"
+    (start,) = list_starts(job.runs / "stage2")
+    assert start.end.decision == "stop" and start.facts["job"] == str(job.id) and "[" in start.facts["nodes"]
+    assert start.end.message == f"stage 1 is not finished: there is no {job.runs}/stage1/FINISHED"
+
+
+def test_flags_of_sbatch_win_over_the_settings(tmp_path, cluster, settings):
+    job = Job(cluster, tmp_path / "runs", settings)
+    job.id = cluster.sbatch("--nodes=3", "slurm/stage2.sh", env=job.environ() | {"LLAVA_HOME": str(ROOT)}, cwd=tmp_path)
+    job.wait("FAILED")
+    (start,) = list_starts(job.runs / "stage2")
+    assert start.facts["job"] == str(job.id) and len(cluster.hosts(job.id)) == 3

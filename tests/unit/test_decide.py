@@ -23,7 +23,9 @@ def _failed(began_at: int, what: str = KILLED, reason: str = "failed") -> Past:
         ([Past("stopped", "", 10)], 13, "requeue"),
         ([_failed(-1)], -1, "requeue"),
         ([_failed(-1), _failed(-1)], -1, "stop"),
-        ([_failed(-1), _failed(-1)], 0, "requeue"),  # the second start saved something
+        ([_failed(-1), _failed(-1)], 0, "stop"),  # the save before step 1 is no progress
+        ([_failed(-1), _failed(0)], 0, "stop"),
+        ([_failed(-1), _failed(0)], 3, "requeue"),
         ([_failed(10), _failed(10, OTHER)], 10, "requeue"),
         ([_failed(10), _failed(10, OTHER), _failed(10)], 10, "requeue"),
         ([_failed(10), _failed(10, OTHER), _failed(10, OTHER)], 10, "stop"),
@@ -86,7 +88,7 @@ def test_a_run_that_is_killed_twice_at_the_same_place_stops_and_says_why(tmp_pat
         found.append(end(tmp_path, list_starts(tmp_path)[-1], 137, {}))
     assert [one.decision for one in found] == ["requeue", "stop"]
     assert found[1].message == "rank 3 on node2: Killed: killed by signal 9 at 1"
-    assert found[1].why == "it failed the same way 2 times in a row, and step 10 is still the last that is saved"
+    assert found[1].why == "it failed the same way 2 times in a row without a new checkpoint; step 10 is the last that is saved"
     assert found[1].step == 10 and list_starts(tmp_path)[1].end == found[1]
 
 
@@ -106,7 +108,7 @@ def test_srun_that_ends_without_a_word_of_a_rank_is_a_failure(tmp_path):
 def test_five_starts_that_were_lost_are_the_last(tmp_path):
     for restart in range(5):
         begin(tmp_path, _environ("7", restart))
-    with pytest.raises(ConfigError, match="5 starts in a row .* came to nothing: no step is saved yet"):
+    with pytest.raises(ConfigError, match="5 starts in a row .* came to nothing: no step is done and saved yet"):
         begin(tmp_path, _environ("7", 5))
     assert list_starts(tmp_path)[-1].end.decision == "stop"
     begin(tmp_path, _environ("8"))  # another job is another try
