@@ -88,7 +88,8 @@ def test_a_run_that_is_killed_twice_at_the_same_place_stops_and_says_why(tmp_pat
         found.append(end(tmp_path, list_starts(tmp_path)[-1], 137, {}))
     assert [one.decision for one in found] == ["requeue", "stop"]
     assert found[1].message == "rank 3 on node2: Killed: killed by signal 9 at 1"
-    assert found[1].why == "it failed the same way 2 times in a row without a new checkpoint; step 10 is the last that is saved"
+    why = "it failed the same way 2 times in a row without a new checkpoint; step 10 is the last that is saved"
+    assert found[1].why == why
     assert found[1].step == 10 and list_starts(tmp_path)[1].end == found[1]
 
 
