@@ -10,18 +10,16 @@ stamp() {
   local line now
   while IFS= read -r line || [ -n "$line" ]; do
     now=${EPOCHREALTIME/,/.}
-    printf '%(%Y-%m-%dT%H:%M:%S)T.%s %s\n' "${now%.*}" "${now#*.}" "$line"
+    printf -v line '%(%Y-%m-%dT%H:%M:%S)T.%s %s' "${now%.*}" "${now#*.}" "$line"
+    echo "$line" >&3
+    [ "$SLURM_PROCID" != 0 ] || echo "$line"
   done
 }
 
-if [ "$SLURM_PROCID" = 0 ]; then
-  exec {out}> >(stamp | tee -a "$log")
-else
-  exec {out}> >(stamp >>"$log")
-fi
+exec 3>>"$log" {out}> >(stamp 2>/dev/null)
 stamper=$!
-"$@" >&"$out" 2>&1 &
-exec {out}>&-
+"$@" >&"$out" 2>&1 3>&- &
+exec 3>&- {out}>&-
 wait $!
 code=$?
 if [ "$code" -gt 128 ] && [ ! -e "$LLAVA_DS_START/failed-$rank.json" ] && [ -z "${LLAVA_STEP:-}" ]; then
@@ -35,4 +33,5 @@ for _ in {1..20}; do
   kill -0 "$stamper" 2>/dev/null || break
   sleep 0.1
 done
+kill -KILL "$stamper" 2>/dev/null
 exit "$code"

@@ -96,6 +96,7 @@ def test_the_rate_of_a_node_is_its_best():
 DONE = Test(LinkRates(1.0, [(1, 1.0)]), num_stages=6)
 WAITS = Test(num_stages=2, stage="all-reduce")
 BEHIND = Test(num_stages=1, stage="connecting all nodes")
+GONE = Test(answers=False, num_stages=2, stage="all-reduce")
 LOST = Test(error="RuntimeError: Connection closed by peer", num_stages=2, stage="all-reduce")
 
 
@@ -109,6 +110,10 @@ LOST = Test(error="RuntimeError: Connection closed by peer", num_stages=2, stage
         ([DONE, DONE, DONE, LOST], ["n3"], True),
         ([BEHIND, WAITS, BEHIND, WAITS], ["n0", "n2"], False),  # two ends of a link
         ([WAITS, LOST], ["n0", "n1"], False),
+        ([WAITS, WAITS, GONE, WAITS, WAITS, GONE], ["n2", "n5"], True),
+        ([WAITS, LOST, GONE, LOST], ["n2"], True),
+        ([WAITS, GONE, GONE], ["n0"], True),  # rank 0 itself is cut off
+        ([WAITS, GONE], ["n0", "n1"], False),
         ([WAITS, WAITS], ["n0", "n1"], False),
         ([WAITS, WAITS, WAITS], [None], True),
         ([LOST, LOST, LOST], [None], True),
@@ -124,6 +129,8 @@ def test_the_node_that_all_others_wait_for_is_named(tests, named, certain):
 def test_a_stuck_node_is_told_with_its_stage_or_its_error():
     message = find_link_problems({"a": WAITS, "b": WAITS, "c": BEHIND}, 30)[0].message
     assert "did not end within 30 s: it stands at 'connecting all nodes'." in message
+    message = find_link_problems({"a": WAITS, "b": WAITS, "c": GONE}, 30)[0].message
+    assert "it stands at 'all-reduce' and does not answer rank 0 any more; it died, or is cut off." in message
     message = find_link_problems({"a": WAITS, "b": WAITS, "c": LOST}, 30)[0].message
     assert "failed at 'all-reduce': RuntimeError: Connection closed by peer." in message
 
