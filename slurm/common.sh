@@ -183,12 +183,15 @@ llava_train() { # name of the run's folder, recipe, options of train.py...
 }
 
 _llava_after() { # run folder: what has to be done now that srun has ended
-  local decision nodes
-  read -r decision nodes < <(llava_python -m llava_ds.cluster.batch end "$1" "$LLAVA_CODE" ${LLAVA_NOTICED:+--noticed})
-  if python3 -m llava_ds.cluster.slurm_jobs cancelled "$SLURM_JOB_ID"; then
-    echo "the job was cancelled, so it is not started again"
-    exit 1
-  fi
+  local decision nodes facts=()
+  # A srun that is told to end does so before the ranks have saved.
+  for _ in {1..15}; do
+    [ "$LLAVA_NOTICED" = TERM ] && [ ! -e "$LLAVA_DS_START/end.json" ] || break
+    sleep 1
+  done
+  [ -z "$LLAVA_NOTICED" ] || facts+=(--noticed)
+  _llava_is_ours || facts+=(--left-to-slurm)
+  read -r decision nodes < <(llava_python -m llava_ds.cluster.batch end "$1" "$LLAVA_CODE" ${facts[@]+"${facts[@]}"})
   case ${decision:-stop} in
     done) exit 0 ;;
     requeue) _llava_requeue ;;
@@ -197,18 +200,22 @@ _llava_after() { # run folder: what has to be done now that srun has ended
   esac
 }
 
-_llava_requeue() { # asks until Slurm has begun to; it may do so by itself, as after the failure of a node
-  local shown
+_llava_is_ours() { # whether the job goes on unless it is ended here; Slurm ends it when it is cancelled or a node fails
+  case $(scontrol show job -o "$SLURM_JOB_ID" 2>&1) in
+    *JobState=RUNNING* | *Reason=TimeLimit*) ;;
+    *JobState=*) return 1 ;;
+  esac
+}
+
+_llava_requeue() { # asks until Slurm has begun to; it may be silent for a while
   trap '' TERM USR1
+  if scontrol show job -o "$SLURM_JOB_ID" | grep -q ' Requeue=0 '; then
+    echo "Slurm does not requeue this job; it is submitted anew"
+    _llava_resubmit ""
+  fi
   for _ in {1..20}; do
-    shown=$(scontrol show job -o "$SLURM_JOB_ID")
-    case $shown in
-      *" Requeue=0 "*)
-        echo "Slurm does not requeue this job; it is submitted anew"
-        _llava_resubmit "" ;;
-      *JobState=RUNNING*) scontrol requeue "$SLURM_JOB_ID" && break ;;
-      *JobState=*) break ;;
-    esac
+    scontrol requeue "$SLURM_JOB_ID" && break
+    _llava_is_ours || break
     sleep 10
   done
   sleep 120 # Slurm ends this script meanwhile
@@ -217,7 +224,7 @@ _llava_requeue() { # asks until Slurm has begun to; it may do so by itself, as a
 
 _llava_resubmit() { # nodes to leave out
   local job
-  job=$(python3 -m llava_ds.cluster.slurm_jobs resubmit "$SLURM_JOB_ID" ${1:+--exclude "$1"} "${LLAVA_SELF[@]}") || exit 1
+  job=$(python3 -m llava_ds.cluster.slurm_jobs "$SLURM_JOB_ID" ${1:+--exclude "$1"} "${LLAVA_SELF[@]}") || exit 1
   echo "job $job goes on in its place${1:+, without $1}"
   exit 0
 }

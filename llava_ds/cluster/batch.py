@@ -4,7 +4,8 @@
     python -m llava_ds.cluster.batch refuse RUN MESSAGE    the start ends before it began: something is missing
     python -m llava_ds.cluster.batch preflight RUN CODE    the preflight of the last start ended with this exit code
     python -m llava_ds.cluster.batch end RUN CODE          srun did; prints done, requeue, resubmit NODE,NODE or stop;
-                                                           --noticed when the batch script had got a signal
+                                                           --noticed: the batch script had got a signal;
+                                                           --left-to-slurm: Slurm is ending the job
 """
 
 from __future__ import annotations
@@ -84,8 +85,19 @@ def note_preflight(start: Start, code: int) -> None:
     note_failure(start.folder, Failure(0, error, "\n".join(messages)))
 
 
-def end(run_dir: Path, start: Start, code: int, environ: Mapping[str, str], noticed: bool = False) -> End:
-    """Records how a start ended, and what is to be done now."""
+def end(
+    run_dir: Path,
+    start: Start,
+    code: int,
+    environ: Mapping[str, str],
+    noticed: bool = False,
+    left_to_slurm: bool = False,
+) -> End:
+    """Records how a start ended, and what is to be done now.
+
+    ``code`` is srun's. ``noticed``: the batch script had got a signal. ``left_to_slurm``: Slurm is ending the job, so
+    nothing is to be decided.
+    """
     found = End("finished") if is_finished(run_dir) else conclude(start.folder)
     if found.reason == "lost" and noticed:
         found = replace(found, message="it was ended by a signal before it could save")
@@ -96,6 +108,9 @@ def end(run_dir: Path, start: Start, code: int, environ: Mapping[str, str], noti
     exclude = environ.get(EXCLUDE_VARIABLE) == "1"
     decision, why = decide_for(run_dir, start.facts, exclude)
     ended = replace(found, step=last_step(run_dir), decision=decision, why=why)
+    if left_to_slurm and decision != "done":
+        why = "Slurm ends the job: it was cancelled, or Slurm starts it again by itself"
+        ended = replace(ended, decision=None, why=why)
     write_end(start.folder, ended)
     return ended
 
@@ -114,6 +129,7 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("value", nargs="?", default="0")
     parser.add_argument("--noticed", action="store_true")
+    parser.add_argument("--left-to-slurm", action="store_true")
     asked = parser.parse_args()
     run_dir = asked.run_dir
     try:
@@ -124,21 +140,20 @@ def main() -> None:
         elif asked.what == "preflight":
             note_preflight(list_starts(run_dir)[-1], int(asked.value))
         else:
-            _end_and_tell(run_dir, int(asked.value), asked.noticed)
+            start = list_starts(run_dir)[-1]
+            _tell(start, end(run_dir, start, int(asked.value), os.environ, asked.noticed, asked.left_to_slurm))
     except ConfigError as error:
         sys.exit(f"ConfigError: {error}")
     except OSError as error:
         sys.exit(f"{run_dir} cannot be written: {error}\n  Choose another LLAVA_RUNS, or make room.")
 
 
-def _end_and_tell(run_dir: Path, code: int, noticed: bool) -> None:
-    start = list_starts(run_dir)[-1]
-    ended = end(run_dir, start, code, os.environ, noticed)
+def _tell(start: Start, ended: End) -> None:
     for failure in read_failures(start.folder)[:8]:
         print(f"rank {failure.rank} on {failure.host}: {failure.error}: {failure.message}", file=sys.stderr)
-    print(f"start {start.number} of {run_dir} {ended.reason}: {ended.message or ended.why}", file=sys.stderr)
+    print(f"start {start.number} {ended.reason}: {ended.message or ended.why}", file=sys.stderr)
     print(f"decision: {ended.decision}, {ended.why}", file=sys.stderr)
-    print(ended.decision, ",".join(_read_report(start).get("bad_nodes", [])))
+    print(ended.decision or "stop", ",".join(_read_report(start).get("bad_nodes", [])))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What a batch script asks of Slurm about its own job, with the standard library alone.
 
-    python3 -m llava_ds.cluster.slurm_jobs cancelled JOB
-    python3 -m llava_ds.cluster.slurm_jobs resubmit JOB [--exclude NODE,NODE] SCRIPT [ARGUMENT ...]
+    python3 -m llava_ds.cluster.slurm_jobs JOB [--exclude NODE,NODE] SCRIPT [ARGUMENT ...]    submits it anew
 """
 
 from __future__ import annotations
@@ -37,14 +36,6 @@ def show_job(job: str) -> dict[str, str]:
     """What ``scontrol show job`` says of a job. Raises ConfigError when Slurm does not know it."""
     line = _run(["scontrol", "show", "job", "-o", job]).strip().splitlines()[0]
     return {key: value.strip() for key, value in _PAIR.findall(line)}
-
-
-def is_cancelled(job: str) -> bool:
-    """Whether someone has cancelled the job. False where Slurm does not answer: a requeue is refused then anyway."""
-    try:
-        return show_job(job).get("JobState") == "CANCELLED"
-    except ConfigError:
-        return False
 
 
 def resubmit(job: str, script: str, arguments: Sequence[str], exclude: Sequence[str] = ()) -> str:
@@ -107,16 +98,13 @@ def _run(command: Sequence[str], environ: Mapping[str, str] | None = None) -> st
 
 
 def main() -> None:
-    """``cancelled`` says by its exit code whether the job was; ``resubmit`` prints the new job's id."""
+    """Submits a job anew and prints the new one's id."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cancelled", "resubmit"))
     parser.add_argument("job")
     parser.add_argument("--exclude", default="")
-    parser.add_argument("script", nargs="?")
+    parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     asked = parser.parse_args()
-    if asked.what == "cancelled":
-        sys.exit(0 if is_cancelled(asked.job) else 1)
     try:
         print(resubmit(asked.job, asked.script, asked.arguments, [node for node in asked.exclude.split(",") if node]))
     except ConfigError as error:

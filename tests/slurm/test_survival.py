@@ -50,7 +50,7 @@ def time_limit(world: World) -> None:
     """Its time is over before its steps are."""
     job = world.job("time limit", flags="--time=60 --signal=B:USR1@60")
     job.wait_for_step(15)
-    minutes = int(time.monotonic() - job.began) // 60 + 1  # within the next minute: the warning comes now
+    minutes = int(time.monotonic() - job.began + 25) // 60 + 1  # less than a minute is left: the warning comes now
     world.cluster.login("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
     world.cluster.wait_for(lambda: job.ends()[0][0], 120, "the end of the first start")
     world.cluster.login("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
@@ -125,6 +125,19 @@ def rank_hangs(world: World) -> None:
     assert f"rank 1 on {name} has given no sign of life" in job.starts()[0].end.message
 
 
+def cancelled(world: World) -> None:
+    """A user's scancel saves, and nothing starts the job again."""
+    job = world.job("cancelled")
+    job.wait_for_step(15)
+    world.cluster.login("scancel", str(job.id))
+    job.wait("CANCELLED")
+    world.cluster.wait_for(lambda: job.ends()[0][0], 30, "the end of the start")
+    time.sleep(5)
+    (start,) = job.starts()
+    assert (start.end.reason, start.end.decision) == ("stopped", None) and start.end.step >= 15
+    assert job.committed() == start.end.step
+
+
 def _kill_rank(cluster: Cluster, job: Job, signal: str) -> None:
     """Signals the rank of the job's second node."""
     cluster.run_on(cluster.hosts(job.id)[1], "pkill", signal, "-f", f"^python llava_ds/train.py .*{job.run_dir}")
@@ -139,7 +152,7 @@ def test_runs_survive_what_clusters_do_and_stop_where_they_must(world):
     """Several at once, on nodes of their own: much of each is waiting."""
     expected = undisturbed(world)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        running = {scenario.__name__: pool.submit(scenario, world) for scenario in (*SURVIVED, rank_dies)}
+        running = {scenario.__name__: pool.submit(scenario, world) for scenario in (*SURVIVED, rank_dies, cancelled)}
     errors = {name: future.exception() for name, future in running.items() if future.exception()}
     for name, error in errors.items():
         print(f"--- {name}: {type(error).__name__}: {error}")
