@@ -77,7 +77,7 @@ def note_preflight(start: Start, code: int) -> None:
     """Records that the preflight of a start failed, as its report says."""
     report = _read_report(start)
     bad_nodes, problems = report.get("bad_nodes", []), report.get("problems", [])
-    messages = [problem["message"] for problem in problems]
+    messages = [f"{problem['node'] or 'all nodes'}: {problem['message']}" for problem in problems]
     if not messages:
         note_failure(start.folder, Failure(0, "Preflight", f"it ended with exit code {code}; see preflight.log"))
         return

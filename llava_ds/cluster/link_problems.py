@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,8 @@ class Test:
 
     rates: LinkRates | None = None
     error: str = ""
+    answers: bool = True
+    """Whether its process still asked rank 0 for a decision when others had waited in vain."""
     num_stages: int = 0
     stage: str = "not begun"
     """What it was at when it was last heard of, its ``num_stages``-th."""
@@ -92,10 +95,9 @@ def find_link_problems(
 def _find_stuck(tests: Mapping[str, Test], limit_s: float) -> list[Problem]:
     odd = _odd_ones(tests)
     if odd:
-        return [
-            Problem(node, "stuck", f"{_describe(tests[node], limit_s)} {_INTERFACE}", certain=len(odd) == 1)
-            for node in odd
-        ]
+        certain = len(odd) == 1 or not all(tests[node].answers for node in odd)
+        texts = {node: f"{_describe(tests[node], limit_s)} {_INTERFACE}" for node in odd}
+        return [Problem(node, "stuck", text, certain) for node, text in texts.items()]
     waiting = [node for node, test in tests.items() if not test.rates]
     text = "; ".join(f"{node}: {_describe(tests[node], limit_s)}" for node in waiting[:_MAX_TEXTS])
     if len(tests) == 2:
@@ -108,19 +110,28 @@ def _odd_ones(tests: Mapping[str, Test]) -> list[str]:
 
     Of nodes that all fail, or all wait, these are the ones that got least far; none where that is most of them.
     """
+    gone = [node for node, test in tests.items() if not test.answers]
+    if gone:
+        # Where rank 0 is the one that is cut off, it finds all others gone.
+        return _smaller(gone, [node for node, test in tests.items() if test.answers])
     failed = [node for node, test in tests.items() if test.error]
     silent = [node for node, test in tests.items() if not test.error and not test.rates]
     if failed and silent:
-        return [] if len(failed) == len(silent) else min(failed, silent, key=len)
+        return _smaller(failed, silent)
     first = min(tests[node].num_stages for node in failed or silent)
     behind = [node for node in failed or silent if tests[node].num_stages == first]
     return behind if 2 * len(behind) <= len(tests) else []
 
 
+def _smaller(first: list[str], second: list[str]) -> list[str]:
+    return [] if len(first) == len(second) else min(first, second, key=len)
+
+
 def _describe(test: Test, limit_s: float) -> str:
     if test.error:
         return f"the bandwidth test failed at {test.stage!r}: {test.error.splitlines()[0]}."
-    return f"the bandwidth test did not end within {limit_s:g} s: it stands at {test.stage!r}."
+    text = f"the bandwidth test did not end (limit {limit_s:g} s): it stands at {test.stage!r}"
+    return f"{text}." if test.answers else f"{text} and does not answer rank 0 any more; it died, or is cut off."
 
 
 def _slow(rates: Mapping[str, LinkRates], slow_frac: float, min_bytes_per_s: float) -> list[Problem]:
@@ -131,10 +142,11 @@ def _slow(rates: Mapping[str, LinkRates], slow_frac: float, min_bytes_per_s: flo
         text = f"the link between {first} and {second} carries {format_rate(min(best.values()))} each way, less than "
         text += f"{format_rate(min_bytes_per_s)}. One of its two ends is slow; a third node would tell which."
         return [Problem(node, "slow", text, certain=False) for node in slow]
-    median = sorted(best.values())[len(best) // 2] if best else 0.0
+    median = statistics.median(best.values()) if best else 0.0
+    wanted = f"{format_rate(max(median * slow_frac, min_bytes_per_s))}; the median node has {format_rate(median)}"
     texts = {
-        node: f"{format_rate(best[node])} each way with its best of {len(rates[node].pairs)} partner(s); the median "
-        f"node has {format_rate(median)}" for node in slow
+        node: f"{format_rate(best[node])} each way with its best of {len(rates[node].pairs)} partner(s), "
+        f"less than {wanted}" for node in slow
     }
     return blame("slow", texts, len(best), "Look at its network card, cable and switch port, and at who else uses it.")
 

@@ -165,8 +165,10 @@ def _measure_all(place: Rendezvous, settings: PreflightSettings, nodes: Sequence
     _in_background(lambda: _measure(place, settings))
     ended = place.gather("test", settings.limit_s, hurry=lambda test: bool(test["error"]))
     stages = place.gather("stage", 0)
-    tests = {node: _read_test(end or stage) for node, end, stage in zip(nodes, ended, stages, strict=True)}
-    return settle_pairs(tests)
+    gone = [] if all(ended) else place.find_silent()
+    tests = [_read_test(end or stage) for end, stage in zip(ended, stages, strict=True)]
+    tests = [replace(test, answers=rank not in gone) for rank, test in enumerate(tests)]
+    return settle_pairs(dict(zip(nodes, tests, strict=True)))
 
 
 def _read_test(raw: dict[str, Any] | None) -> Test:

@@ -20,6 +20,8 @@ from llava_ds.distributed import Ranks, flush_and_exit
 _POLL_S = 0.1
 SILENCE_S = 20.0
 """Without an answer from rank 0's store for so long, a process ends by itself."""
+_BEAT_S = 0.2
+_SILENT_S = 3.0
 _HURRY_S = 5.0
 BAD_NODES_CODE = 3
 """Exit code of a preflight that names nodes."""
@@ -76,11 +78,19 @@ class Rendezvous:
         deadline = time.monotonic() + wait_s + SILENCE_S
         while time.monotonic() < deadline:
             value = self._read(topic)
+            self._store.add(f"beat/{self.ranks.rank}", 1)
             self._watch.extend()
             if value is not None:
                 return value
-            time.sleep(_POLL_S)
+            time.sleep(_BEAT_S)
         raise DistStoreError(f"rank 0 has not decided on {topic!r} within {wait_s + SILENCE_S:g} s; it hangs")
+
+    def find_silent(self) -> list[int]:
+        """The ranks that wait for a decision, but do not ask for it any more; for rank 0. Takes some seconds."""
+        others = range(1, self.ranks.world_size)
+        before = [self._store.add(f"beat/{rank}", 0) for rank in others]
+        time.sleep(_SILENT_S)
+        return [rank for rank, beats in zip(others, before, strict=True) if self._store.add(f"beat/{rank}", 0) == beats]
 
     def _read(self, key: str) -> Any | None:
         return json.loads(self._store.get(key)) if self._store.check([key]) else None

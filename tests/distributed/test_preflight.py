@@ -13,6 +13,8 @@ from torch.distributed import TCPStore
 from llava_ds.distributed import free_port
 from tests.helpers.launch import ROOT, clean_environ
 
+pytestmark = pytest.mark.slow
+
 NODES = ["alpha", "beta", "gamma"]
 FAULTY = Path(__file__).with_name("preflight_job.py")
 
@@ -42,7 +44,7 @@ class Job:
     def __init__(self, world, *options, ranks=(0, 1, 2), world_size=3, faults=None, environs=None):
         self.world, self.world_size, self.port = world, world_size, free_port()
         self.faults, self.environs, self.processes = faults or {}, environs or {}, {}
-        self.report = world / "report" / "preflight.json"
+        self.report = world / "report" / f"{self.port}.json"
         for rank in ranks:
             self.start(rank, *options)
 
@@ -78,6 +80,13 @@ class Job:
 
 def _problems(report):
     return [(problem["node"], problem["kind"]) for problem in report["problems"]]
+
+
+def test_it_starts_without_what_takes_long_to_import():
+    heavy = {"transformers", "deepspeed", "open_clip"}
+    code = f"import sys, llava_ds.cluster.preflight; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], env=clean_environ(), cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
 def test_three_good_nodes_are_fine_and_measured(world):
@@ -127,26 +136,25 @@ def test_who_never_comes_or_never_answers_is_named_and_a_lost_rank_0_holds_nobod
     assert codes == {0: -9, 1: 3}
     assert "rank 1 on beta has no connection to rank 0 at 127.0.0.1" in lost.out[1][1]
 
-    missing.start(0, "--wait-s", 6)  # by now rank 1 is there, and waits for it
+    missing.start(0, "--wait-s", 5)  # by now rank 1 is there, and waits for it
     codes, report = missing.end()
     assert codes == {0: 3, 1: 3}, missing.out
     assert _problems(report) == [("beta", "no_report"), ("gamma", "no_report")]
     assert (report["bad_nodes"], report["suspects"]) == (["beta", "gamma"], [])
-    assert "did not report within 6 s; it was looking at data.path=/mnt/dead." in report["problems"][0]["message"]
-    assert "it did not come within 6 s; 2 of 3 nodes did." in report["problems"][1]["message"]
+    assert "did not report within 5 s; it was looking at data.path=/mnt/dead." in report["problems"][0]["message"]
+    assert "it did not come within 5 s; 2 of 3 nodes did." in report["problems"][1]["message"]
     assert [node["links"] for node in report["nodes"]] == [None]
 
 
 def test_settings_that_are_wrong_everywhere_name_no_node_and_a_node_that_hangs_is_named(world):
     wrong = Job(world, "--set", "train.epochs=many", ranks=(0,), world_size=1)
+    hanging = Job(world, "--limit-s", 4, faults={2: "links"})
     codes, report = wrong.end()
     assert codes == {0: 1}, wrong.out
     assert _problems(report) == [(None, "failed")]
     assert (report["bad_nodes"], report["suspects"]) == ([], [])
     assert "train.epochs: " in report["problems"][0]["message"]
 
-    wrong.report.unlink()
-    hanging = Job(world, "--limit-s", 5, faults={2: "links"})
     codes, report = hanging.end()
     assert codes == {0: 3, 1: 3, 2: 3}, hanging.out
     assert _problems(report) == [("gamma", "stuck")]

@@ -35,5 +35,5 @@ def pytest_runtest_makereport(item: pytest.Item):
     report = yield
     used = getattr(item, "funcargs", {}).get("cluster")
     if report.failed and used is not None:
-        report.sections.append(("Slurm daemons", used.logs()))
+        report.sections.append(("Slurm daemons", used.logs(num_lines=6)))
     return report

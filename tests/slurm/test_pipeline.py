@@ -62,7 +62,8 @@ def test_sbatch_itself_takes_the_settings_and_a_stage_stops_where_the_one_before
 
 def test_flags_of_sbatch_win_over_the_settings(tmp_path, cluster, settings):
     job = Job(cluster, tmp_path / "runs", settings)
-    job.id = cluster.sbatch("--nodes=3", "slurm/stage2.sh", env=job.environ() | {"LLAVA_HOME": str(ROOT)}, cwd=tmp_path)
+    environ = job.environ() | {"LLAVA_HOME": str(ROOT)}
+    job.id = cluster.sbatch("--nodes=3", ROOT / "slurm" / "stage2.sh", env=environ, cwd=tmp_path)
     job.wait("FAILED")
     (start,) = list_starts(job.runs / "stage2")
     assert start.facts["job"] == str(job.id) and len(cluster.hosts(job.id)) == 3

@@ -27,20 +27,21 @@ def test_a_path_that_one_node_does_not_see_and_a_full_disk_on_another_are_named(
     """Both problems at once; the job does not start, and says which nodes to leave out."""
     data = recipe.parent / "data"
     cluster.run_on("node2", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", data)
-    cluster.run_on("node1", "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/var/tmp")
-    cluster.run_on("node1", "bash", "-c", "head -c 64k /dev/zero > /var/tmp/full || true")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    cluster.run_on("node1", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", scratch)  # next to nothing is free
     try:
-        job = _job(cluster, tmp_path / "runs", recipe, TMPDIR="/var/tmp")
+        job = _job(cluster, tmp_path / "runs", recipe, TMPDIR=str(scratch))
         job.wait("FAILED")
     finally:
         cluster.run_on("node2", "umount", data)
-        cluster.run_on("node1", "umount", "/var/tmp")
+        cluster.run_on("node1", "umount", scratch)
     (start,) = job.starts()
     report = read_json(start.folder / "preflight.json")
     assert sorted(report["bad_nodes"]) == ["node1", "node2"]
     said = {node: " ".join(problem["message"] for problem in report["problems"] if problem["node"] == node)
             for node in ("node1", "node2")}
-    assert str(data / "train.json") in said["node2"] and "/var/tmp" in said["node1"]
+    assert str(data / "train.json") in said["node2"] and str(scratch) in said["node1"]
     assert start.end.decision == "stop" and "LLAVA_EXCLUDE_BAD_NODES=1" in start.end.why
     assert not (job.run_dir / "run.json").exists()
 

@@ -118,8 +118,8 @@ def test_five_starts_that_were_lost_are_the_last(tmp_path):
 @pytest.mark.parametrize(
     ("report", "error", "decision"),
     [
-        ('{"bad_nodes": ["node2"], "problems": [{"message": "node2: no file"}]}', "BadNodes", "resubmit"),
-        ('{"bad_nodes": [], "problems": [{"message": "no file"}]}', "SettingsProblem", "stop"),
+        ('{"bad_nodes": ["node2"], "problems": [{"node": "node2", "message": "no file"}]}', "BadNodes", "resubmit"),
+        ('{"bad_nodes": [], "problems": [{"node": null, "message": "no file"}]}', "SettingsProblem", "stop"),
         ("", "Preflight", "requeue"),
     ],
 )

@@ -98,7 +98,7 @@ def test_what_most_nodes_lack_is_a_problem_of_the_settings_that_names_them():
 
 
 def test_a_name_is_missing_nowhere_as_a_path():
-    name = PathReport("/work/ViT-L-14", "missing", required=False)
+    name = PathReport("/home/me/ViT-L-14", "missing", required=False)
     assert find_problems([_with_path(node, "model.vision_tower", name) for node in "abc"]) == []
 
 
