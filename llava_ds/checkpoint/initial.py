@@ -78,9 +78,9 @@ def reopen_initial(
 
 
 def apply_weights(
-    model: nn.Module, weights: Mapping[str, LazyTensor], copy: Callable[[nn.Parameter, torch.Tensor], None]
+    model: nn.Module, weights: Mapping[str, LazyTensor], copy: Callable[[nn.Parameter, LazyTensor], None]
 ) -> list[str]:
-    """Copies weights into a model, one at a time, with ``copy`` (which knows about partitioned parameters).
+    """Copies weights into a model, one at a time, with ``copy`` (which knows which ranks have to read them).
 
     A table of words with more rows than the model's loses its last ones, which layouts of others add for ``<image>``
     and for padding; returns a line about each.
@@ -107,7 +107,7 @@ def apply_weights(
             + "\n  ".join(problems[:_MOST_LINES]) + more
         )
     for name, tensor in fitting.items():
-        copy(parameters[name], tensor.whole())
+        copy(parameters[name], tensor)
     return notes
 
 

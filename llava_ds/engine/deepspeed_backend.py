@@ -15,6 +15,8 @@ from pydantic import ValidationError
 from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from llava_ds.checkpoint.lazy import LazyTensor
+
 
 def check_ds_config(ds_config: dict[str, Any]) -> list[str]:
     """What DeepSpeed's own reader says against a config, as ``key: reason``; needs no process group.
@@ -101,8 +103,8 @@ def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def load_full_parameter(parameter: nn.Parameter, value: torch.Tensor, is_main: bool) -> None:
-    """Copies a whole value into a parameter, also where it is partitioned (rank 0's value wins)."""
+def load_full_parameter(parameter: nn.Parameter, value: LazyTensor, is_main: bool) -> None:
+    """Copies a whole value into a parameter. Of one that is partitioned rank 0 alone reads it: the others get it."""
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
         if is_main or not hasattr(parameter, "ds_shape"):
-            parameter.copy_(value)
+            parameter.copy_(value.whole())
