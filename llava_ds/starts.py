@@ -11,8 +11,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,18 +74,22 @@ class Start:
 
 
 def begin_start(run_dir: Path, facts: Mapping[str, Any]) -> Path:
-    """Makes the folder of a new start and returns it. Starts before it that have no end are marked as lost.
-
-    Only one process may begin a start at a time. Raises OSError when the run folder cannot be written.
-    """
+    """Makes the folder of a new start and returns it. Raises OSError when the run folder cannot be written."""
     starts = list_starts(run_dir)
-    for start in starts:
-        if start.end is None:
-            write_end(start.folder, conclude(start.folder))
     folder = run_dir / STARTS_FOLDER / f"{starts[-1].number + 1 if starts else 1:04d}"
     folder.mkdir(parents=True)
     _write(folder / "start.json", {"host": socket.gethostname(), "time": time.time(), **facts})
     return folder
+
+
+def conclude_earlier(folder: Path, jobs: Collection[str] | None = None) -> None:
+    """Records how the starts before this one ended that have no end: those of ``jobs``, or all.
+
+    All are over only when this start holds the run's lock. Raises OSError when they cannot be written.
+    """
+    for start in list_starts(folder.parents[1]):
+        if start.number < int(folder.name) and start.end is None and (jobs is None or start.facts.get("job") in jobs):
+            write_end(start.folder, conclude(start.folder))
 
 
 def slurm_facts(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -103,10 +107,12 @@ def list_starts(run_dir: Path) -> list[Start]:
     """The starts of a run, the first one first."""
     parent = run_dir / STARTS_FOLDER
     folders = [folder for folder in parent.iterdir() if folder.name.isdecimal()] if parent.is_dir() else []
-    return [
-        Start(folder, _read(folder / "start.json") or {}, read_end(folder))
-        for folder in sorted(folders, key=lambda folder: int(folder.name))
-    ]
+    return [read_start(folder) for folder in sorted(folders, key=lambda folder: int(folder.name))]
+
+
+def read_start(folder: Path) -> Start:
+    """One start, by its folder."""
+    return Start(folder, _read(folder / "start.json") or {}, read_end(folder))
 
 
 def note_failure(folder: Path, failure: Failure) -> None:
@@ -119,7 +125,8 @@ def note_failure(folder: Path, failure: Failure) -> None:
 def read_failures(folder: Path) -> list[Failure]:
     """Why ranks ended, in the order of time."""
     raw = [_read(file) for file in folder.glob("failed-*.json")]
-    return sorted((Failure(**failure) for failure in raw if failure), key=lambda failure: failure.time)
+    failures = [Failure(**_known(Failure, failure)) for failure in raw if failure]
+    return sorted(failures, key=lambda failure: failure.time)
 
 
 def root_failure(failures: Sequence[Failure]) -> Failure | None:
@@ -135,7 +142,7 @@ def write_end(folder: Path, end: End) -> None:
 def read_end(folder: Path) -> End | None:
     """How a start ended; None when that is not known."""
     raw = _read(folder / "end.json")
-    return End(**raw) if raw else None
+    return End(**_known(End, raw)) if raw else None
 
 
 def conclude(folder: Path) -> End:
@@ -162,6 +169,12 @@ def _write(file: Path, value: Mapping[str, Any]) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text(json.dumps(value, indent=1) + "\n")
     partial.replace(file)
+
+
+def _known(kind: type[End] | type[Failure], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What this version knows of a record that another one may have written."""
+    names = {one.name for one in fields(kind)}
+    return {name: value for name, value in raw.items() if name in names}
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -157,7 +157,7 @@ def run(
     saver = build_saver(engine, run_dir, config.train, ranks, data.plan.digest, progress, lock)
     trackers = build_trackers(run_dir, data.plan.num_steps, config, ranks, progress.step)
     plans = data.plan.steps(progress.data_state, progress.step)
-    guard = build_guard(config, ranks, notice, report, lambda index: data.plan.source[index].id)
+    guard = build_guard(config, device, ranks, notice, report, lambda index: data.plan.source[index].id)
     try:
         train(engine, data.loader, plans, data.plan.supervised_tokens, settings, trackers, saver, progress, guard)
     except StopRequested as stop:
@@ -166,6 +166,8 @@ def run(
     finally:
         report.step = progress.step
         guard.stop()
+        for tracker in trackers:
+            tracker.close()
     finish_run(run_dir, config, progress, time.time() - started, ranks)
     report.ended(ranks, End("finished", step=progress.step))
     del partitioned, lock

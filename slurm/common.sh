@@ -4,6 +4,13 @@
 # A site's facts come from slurm/settings.sh (copy settings.example.sh) or from the environment, which wins.
 
 set -uo pipefail
+LLAVA_NOTICED='' LLAVA_CODE=0
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+  trap '_llava_noticed USR1' USR1
+  trap '_llava_noticed TERM' TERM
+fi
+_llava_noticed() { echo "$(date '+%F %T') signal $1: the ranks save and end"; LLAVA_NOTICED=$1; }
+
 LLAVA_HOME=$(cd "$LLAVA_HOME" && pwd) || exit 1
 cd "$LLAVA_HOME" || exit 1
 export LLAVA_HOME
@@ -12,17 +19,18 @@ llava_load_settings() {
   local file=${LLAVA_SETTINGS:-slurm/settings.sh} given
   given=$(export -p | grep -E '^declare -x LLAVA_[A-Z0-9_]+=' || true)
   if [ -f "$file" ]; then
-    set -a
+    set -a +u # what others wrote may read variables that are not set
     # shellcheck source=/dev/null
     source "$file" || { echo "$file ended with an error; fix it" >&2; exit 1; }
-    set +a
+    set +a -u
     eval "${given//declare -x /export }"
   elif [ -n "${LLAVA_SETTINGS:-}" ]; then
     echo "LLAVA_SETTINGS=$file: no such file" >&2
     exit 1
   fi
-  export LLAVA_RUNS=${LLAVA_RUNS:-runs}
-  mkdir -p "$LLAVA_RUNS" || exit 1
+  mkdir -p "${LLAVA_RUNS:=runs}" || exit 1
+  LLAVA_RUNS=$(cd "$LLAVA_RUNS" && pwd) # runs are told from one another by their paths
+  export LLAVA_RUNS
   if [ -n "${LLAVA_DATA:-}" ] && [ ! "$LLAVA_DATA" -ef data ]; then
     ln -sn "$(cd "$LLAVA_DATA" && pwd)" data 2>/dev/null
     if [ ! "$LLAVA_DATA" -ef data ]; then
@@ -39,7 +47,7 @@ llava_submit() { # script, sbatch's options..., --, the script's arguments...; p
   shift
   while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
   [ $# -gt 0 ] && shift
-  _llava_clean LLAVA_SUBMITTED=1 sbatch --parsable --job-name="llava-$(basename "$script" .sh)" \
+  _llava_clean LLAVA_SUBMITTED=1 sbatch --parsable --export=ALL --job-name="llava-$(basename "$script" .sh)" \
     --output="$LLAVA_RUNS/slurm-%j-%x.out" ${LLAVA_ACCOUNT:+--account="$LLAVA_ACCOUNT"} \
     ${LLAVA_PARTITION:+--partition="$LLAVA_PARTITION"} ${LLAVA_QOS:+--qos="$LLAVA_QOS"} \
     ${LLAVA_TIME:+--time="$LLAVA_TIME"} ${LLAVA_CONSTRAINT:+--constraint="$LLAVA_CONSTRAINT"} \
@@ -65,7 +73,13 @@ llava_enter() { # script, its arguments...: outside a job, and in a job without 
     echo "job $job: $1 on ${LLAVA_NODES:-1} node(s) with $(_llava_tasks_wanted) task(s) each; output in $LLAVA_RUNS/slurm-$job-*.out"
     exit 0
   fi
+  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+    echo "this is a job array: Slurm would requeue and signal all of it together; submit single jobs" >&2
+    exit 1
+  fi
+  set +u
   eval "${LLAVA_SETUP:-:}"
+  set -u
 }
 
 _llava_is_plain() { # sbatch was given nothing that says how large the job is
@@ -85,13 +99,15 @@ llava_python() { # on the batch script's own node
 }
 
 _llava_environment() { # the Python of the ranks, and what NCCL and OpenMP are told
-  LLAVA_CONTAINED=() LLAVA_INSIDE=()
+  LLAVA_CONTAINED=()
   case ${LLAVA_CONTAINER:-} in
     "") local venv=${LLAVA_VENV:-.venv}
       [ -f "$venv/bin/activate" ] || { echo "LLAVA_VENV=$venv: no virtual environment there; make install creates .venv" >&2; exit 1; }
+      set +u
       # shellcheck source=/dev/null
-      source "$venv/bin/activate" ;;
-    *.sif) LLAVA_INSIDE=(apptainer exec --nv --bind "$LLAVA_HOME,${LLAVA_CONTAINER_MOUNTS:-$LLAVA_RUNS}" "$LLAVA_CONTAINER") ;;
+      source "$venv/bin/activate"
+      set -u ;;
+    *.sif) echo "LLAVA_CONTAINER=$LLAVA_CONTAINER: apptainer is not supported; give an image for pyxis, or LLAVA_VENV" >&2; exit 1 ;;
     *) LLAVA_CONTAINED=(--container-image="$LLAVA_CONTAINER" --container-workdir="$LLAVA_HOME"
       --container-mounts="$LLAVA_HOME:$LLAVA_HOME${LLAVA_CONTAINER_MOUNTS:+,$LLAVA_CONTAINER_MOUNTS}") ;;
   esac
@@ -123,22 +139,25 @@ _llava_layout() { # how many ranks, and where they meet
 _llava_srun() { # ranks a node, command...: one task a rank, on all nodes
   local tasks=$1
   shift
-  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * tasks)) --ntasks-per-node="$tasks" \
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * tasks)) --ntasks-per-node="$tasks" --export=ALL \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --kill-on-bad-exit=1 \
     ${LLAVA_CONTAINED[@]+"${LLAVA_CONTAINED[@]}"} \
-    "$LLAVA_HOME/slurm/rank.sh" ${LLAVA_INSIDE[@]+"${LLAVA_INSIDE[@]}"} "$@"
+    "$LLAVA_HOME/slurm/rank.sh" "$@"
 }
 
 _llava_wait() { # number of ranks, srun's pid; sets LLAVA_CODE. A signal that came is passed on until it is heeded
   local pid=$2 telling=
-  while :; do
-    wait "$pid"
-    LLAVA_CODE=$?
-    kill -0 "$pid" 2>/dev/null || break
-    [ -n "$telling" ] && continue
-    _llava_tell "$1" "$pid" &
-    telling=$!
+  while kill -0 "$pid" 2>/dev/null; do
+    if [ -n "$LLAVA_NOTICED" ] && [ -z "$telling" ]; then
+      _llava_tell "$1" "$pid" &
+      telling=$!
+    fi
+    # Not for srun itself: a signal that comes just before a wait does not end it.
+    sleep 1 &
+    wait $!
   done
+  wait "$pid"
+  LLAVA_CODE=$?
   [ -z "$telling" ] || kill "$telling" 2>/dev/null
 }
 
@@ -152,24 +171,25 @@ _llava_tell() { # number of ranks, srun's pid: signals the ranks, as long as the
   done
 }
 
-_llava_noticed() { echo "$(date '+%F %T') signal $1: the ranks save and end"; LLAVA_NOTICED=$1; }
-
-llava_train() { # name of the run's folder, recipe, options of train.py...
-  local run=$LLAVA_RUNS/$1 recipe=$2
+llava_train() { # name of the run's folder, recipe, --set key=value...
+  local run=$LLAVA_RUNS/$1 recipe=$2 overrides
   shift 2
+  overrides=("$@")
+  while [ $# -gt 0 ]; do
+    [ "$1" = --set ] && [ $# -gt 1 ] || { echo "$1: these scripts take --set KEY.PATH=VALUE, nothing else" >&2; exit 2; }
+    shift 2
+  done
+  set -- ${overrides[@]+"${overrides[@]}"}
   _llava_environment
   _llava_layout
   [ ! -f "$run/FINISHED" ] || { echo "$run is finished"; exit 0; }
   LLAVA_DS_START=$(llava_python -m llava_ds.cluster.batch begin "$run") || exit 1
   export LLAVA_DS_START
   echo "$(date '+%F %T') job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0}: $run, start $(basename "$LLAVA_DS_START") on $LLAVA_HOSTS, $LLAVA_TASKS rank(s) each"
-  LLAVA_NOTICED='' LLAVA_CODE=0
-  trap '_llava_noticed USR1' USR1
-  trap '_llava_noticed TERM' TERM
   if [ "${LLAVA_PREFLIGHT:-1}" = 1 ]; then
     export LLAVA_STEP=preflight
     _llava_srun 1 python tools/preflight --recipe "$recipe" --run-dir "$run" --nodes "$LLAVA_HOSTS" \
-      --report "$LLAVA_DS_START/preflight.json" ${LLAVA_PREFLIGHT_OPTIONS:-} "$@" &
+      --report "$LLAVA_DS_START/preflight.json" ${LLAVA_PREFLIGHT_OPTIONS:-} ${overrides[@]+"${overrides[@]}"} &
     _llava_wait "$SLURM_JOB_NUM_NODES" $!
     unset LLAVA_STEP
     [ $LLAVA_CODE = 0 ] || llava_python -m llava_ds.cluster.batch preflight "$run" "$LLAVA_CODE"
@@ -186,12 +206,15 @@ _llava_after() { # run folder: what has to be done now that srun has ended
   local decision nodes facts=()
   # A srun that is told to end does so before the ranks have saved.
   for _ in {1..15}; do
-    [ "$LLAVA_NOTICED" = TERM ] && [ ! -e "$LLAVA_DS_START/end.json" ] || break
+    [ "$LLAVA_NOTICED" = TERM ] && [ -e "$LLAVA_DS_START/rank-00000.log" ] && [ ! -e "$LLAVA_DS_START/end.json" ] || break
     sleep 1
   done
   [ -z "$LLAVA_NOTICED" ] || facts+=(--noticed)
   _llava_is_ours || facts+=(--left-to-slurm)
   read -r decision nodes < <(llava_python -m llava_ds.cluster.batch end "$1" "$LLAVA_CODE" ${facts[@]+"${facts[@]}"})
+  if [ -z "${decision:-}" ] && { [ "$LLAVA_CODE" = 85 ] || [ -n "$LLAVA_NOTICED" ]; }; then
+    decision=requeue # what there was to say could not be written, but the ranks were asked to end
+  fi
   case ${decision:-stop} in
     done) exit 0 ;;
     requeue) _llava_requeue ;;
@@ -201,9 +224,21 @@ _llava_after() { # run folder: what has to be done now that srun has ended
 }
 
 _llava_is_ours() { # whether the job goes on unless it is ended here; Slurm ends it when it is cancelled or a node fails
-  case $(scontrol show job -o "$SLURM_JOB_ID" 2>&1) in
-    *JobState=RUNNING* | *Reason=TimeLimit*) ;;
-    *JobState=*) return 1 ;;
+  local shown
+  for _ in {1..60}; do
+    shown=" $(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null) "
+    case $shown in
+      *" JobState="*) break ;;
+    esac
+    sleep 5 # slurmctld is silent
+  done
+  case $shown in
+    *" Restarts=${SLURM_RESTART_COUNT:-0} "*) ;;
+    *) return 1 ;; # a later start of the job runs elsewhere
+  esac
+  case $shown in
+    *" JobState=RUNNING "* | *" Reason=TimeLimit "*) ;;
+    *) return 1 ;;
   esac
 }
 
@@ -214,16 +249,18 @@ _llava_requeue() { # asks until Slurm has begun to; it may be silent for a while
     _llava_resubmit ""
   fi
   for _ in {1..20}; do
-    scontrol requeue "$SLURM_JOB_ID" && break
     _llava_is_ours || break
+    scontrol requeue "$SLURM_JOB_ID" && break
     sleep 10
   done
+  trap - TERM USR1
   sleep 120 # Slurm ends this script meanwhile
   exit 1
 }
 
 _llava_resubmit() { # nodes to leave out
   local job
+  _llava_is_ours || exit 1
   job=$(python3 -m llava_ds.cluster.slurm_jobs "$SLURM_JOB_ID" ${1:+--exclude "$1"} "${LLAVA_SELF[@]}") || exit 1
   echo "job $job goes on in its place${1:+, without $1}"
   exit 0
@@ -242,6 +279,9 @@ llava_step() { # file that is there when it is done, command...: one task on one
   shift
   _llava_environment
   [ ! -e "$marker" ] || { echo "$marker is there already"; exit 0; }
-  srun --nodes=1 --ntasks=1 ${LLAVA_CONTAINED[@]+"${LLAVA_CONTAINED[@]}"} ${LLAVA_INSIDE[@]+"${LLAVA_INSIDE[@]}"} "$@"
+  srun --nodes=1 --ntasks=1 --export=ALL ${LLAVA_CONTAINED[@]+"${LLAVA_CONTAINED[@]}"} "$@" &
+  while kill -0 $! 2>/dev/null; do wait $!; done
+  # It can be done again from its beginning, as its marker is written last.
+  [ -e "$marker" ] || [ -z "$LLAVA_NOTICED" ] || _llava_requeue
   [ -e "$marker" ] || { echo "$1 ended without $marker" >&2; exit 1; }
 }

@@ -2,7 +2,6 @@
 #SBATCH --job-name=llava-evaluate
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@120
 # Scores of the merged model: sbatch slurm/evaluate.sh [options of tools/evaluate]. Writes $LLAVA_RUNS/scores.json.
 
 LLAVA_HOME=${LLAVA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}

@@ -2,7 +2,6 @@
 #SBATCH --job-name=llava-generate
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@120
 # The data and models of the recipes, made or looked for on one node: sbatch slurm/generate.sh.
 # LLAVA_GENERATE is a command that makes the data first. Writes $LLAVA_RUNS/prepared.json.
 

@@ -2,7 +2,6 @@
 #SBATCH --job-name=llava-merge
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@120
 # What stage 2 trained, as one folder: sbatch slurm/merge.sh. Writes $LLAVA_RUNS/merged.
 
 LLAVA_HOME=${LLAVA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}

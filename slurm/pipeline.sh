@@ -20,7 +20,7 @@ after() { # script, further settings...: submits it after the one before
 
 one=(LLAVA_NODES=1 LLAVA_TASKS_PER_NODE=1)
 after generate "${one[@]}" LLAVA_GPUS_PER_NODE="${LLAVA_GPUS_OF_SMALL_JOBS-}"
-after stage1
+after stage1 LLAVA_CHAIN=1
 after stage2
 after merge "${one[@]}" LLAVA_GPUS_PER_NODE="${LLAVA_GPUS_OF_SMALL_JOBS-}"
 after evaluate "${one[@]}" LLAVA_GPUS_PER_NODE="${LLAVA_GPUS_PER_NODE:+1}"

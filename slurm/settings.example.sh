@@ -10,9 +10,9 @@ LLAVA_NODES=2
 LLAVA_GPUS_PER_NODE=8            # a rank for each; without GPUs give LLAVA_TASKS_PER_NODE
 # LLAVA_CPUS_PER_TASK=8
 # LLAVA_MEM=0                    # of a node; 0 is all of it
-# LLAVA_SBATCH="--exclusive"     # what else sbatch should be given
+# LLAVA_SBATCH="--exclusive"     # what else sbatch should be given; --signal=B:USR1@600 where a save takes minutes
 
-LLAVA_VENV=.venv                 # or a container: an image for pyxis, or a .sif file for apptainer
+LLAVA_VENV=.venv                 # or a container: an image for pyxis
 # LLAVA_CONTAINER=registry/image:tag
 # LLAVA_CONTAINER_MOUNTS=/scratch
 # LLAVA_SETUP="module load cuda"

@@ -10,4 +10,5 @@ source "$LLAVA_HOME/slurm/common.sh"
 LLAVA_SELF=(slurm/stage1.sh "$@")
 llava_enter "${LLAVA_SELF[@]}"
 
+[ -z "${LLAVA_CHAIN:-}" ] || llava_require "$LLAVA_RUNS/stage1" "$LLAVA_RUNS/prepared.json" "the data are not prepared"
 llava_train stage1 "${LLAVA_STAGE1_RECIPE:-quickstart_stage1}" "$@"

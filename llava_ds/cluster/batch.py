@@ -21,6 +21,7 @@ from typing import Any
 
 from llava_ds.cluster.decide import (
     BAD_NODES,
+    MAX_IDLE,
     SETTINGS_PROBLEM,
     decide,
     decide_for,
@@ -32,14 +33,17 @@ from llava_ds.cluster.decide import (
 from llava_ds.engine.run_lock import SUCCEEDS_VARIABLE
 from llava_ds.errors import ConfigError
 from llava_ds.starts import (
+    START_VARIABLE,
     End,
     Failure,
     Start,
     begin_start,
     conclude,
+    conclude_earlier,
     list_starts,
     note_failure,
     read_failures,
+    read_start,
     slurm_facts,
     write_end,
 )
@@ -56,10 +60,12 @@ def begin(run_dir: Path, environ: Mapping[str, str]) -> Path:
     facts: dict[str, Any] = {"step": last_step(run_dir), **slurm_facts(environ)}
     if environ.get(SUCCEEDS_VARIABLE):
         facts["succeeds"] = environ[SUCCEEDS_VARIABLE]
+    before = of_one_job(list_starts(run_dir), facts)
     folder = begin_start(run_dir, facts)
-    before = of_one_job(list_starts(run_dir)[:-1], facts)
-    if before and before[-1].end and before[-1].end.reason == "lost":
-        decision, why = decide([describe_past(start) for start in before], last_step(run_dir))
+    conclude_earlier(folder, {start.facts["job"] for start in before})
+    if before:
+        decision, why = decide([describe_past(start) for start in before[-MAX_IDLE:]], last_step(run_dir),
+                               environ.get(EXCLUDE_VARIABLE) == "1")
         if decision == "stop":
             write_end(folder, End("failed", why, last_step(run_dir), "stop", why))
             raise ConfigError(f"{run_dir} is not started again: {why}.\n  See tools/jobs why {run_dir}")
@@ -73,15 +79,21 @@ def refuse(run_dir: Path, message: str, environ: Mapping[str, str]) -> None:
     write_end(folder, End("failed", message, last_step(run_dir), "stop", "what it needs is not there"))
 
 
+def own_start(run_dir: Path, environ: Mapping[str, str]) -> Start:
+    """The start that the batch script began: another job may have begun one on the same folder since."""
+    given = environ.get(START_VARIABLE)
+    return read_start(Path(given)) if given else list_starts(run_dir)[-1]
+
+
 def note_preflight(start: Start, code: int) -> None:
     """Records that the preflight of a start failed, as its report says."""
     report = _read_report(start)
-    bad_nodes, problems = report.get("bad_nodes", []), report.get("problems", [])
+    problems = report.get("problems", [])
     messages = [f"{problem['node'] or 'all nodes'}: {problem['message']}" for problem in problems]
     if not messages:
         note_failure(start.folder, Failure(0, "Preflight", f"it ended with exit code {code}; see preflight.log"))
         return
-    error = BAD_NODES if bad_nodes else SETTINGS_PROBLEM
+    error = SETTINGS_PROBLEM if report.get("code") == 1 else BAD_NODES if report.get("bad_nodes") else "SuspectNodes"
     note_failure(start.folder, Failure(0, error, "\n".join(messages)))
 
 
@@ -138,9 +150,9 @@ def main() -> None:
         elif asked.what == "refuse":
             refuse(run_dir, asked.value, os.environ)
         elif asked.what == "preflight":
-            note_preflight(list_starts(run_dir)[-1], int(asked.value))
+            note_preflight(own_start(run_dir, os.environ), int(asked.value))
         else:
-            start = list_starts(run_dir)[-1]
+            start = own_start(run_dir, os.environ)
             _tell(start, end(run_dir, start, int(asked.value), os.environ, asked.noticed, asked.left_to_slurm))
     except ConfigError as error:
         sys.exit(f"ConfigError: {error}")

@@ -74,7 +74,7 @@ def decide_for(run_dir: Path, facts: Mapping[str, Any], exclude: bool = False) -
     starts = of_one_job(list_starts(run_dir), facts)
     if not starts:
         raise ValueError(f"{run_dir}: job {facts.get('job')} has no start of it")
-    return decide([describe_past(start) for start in starts], last_step(run_dir), exclude)
+    return decide([describe_past(start) for start in starts[-MAX_IDLE:]], last_step(run_dir), exclude)
 
 
 def describe_past(start: Start) -> Past:

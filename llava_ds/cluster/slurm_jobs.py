@@ -28,7 +28,8 @@ _OPTIONS = {
     "JobName": "--job-name", "Account": "--account", "Partition": "--partition", "QOS": "--qos",
     "TimeLimit": "--time",
     "TresPerNode": "--gres", "MinMemoryNode": "--mem", "MinMemoryCPU": "--mem-per-cpu", "Features": "--constraint",
-    "Reservation": "--reservation", "StdOut": "--output",
+    "Reservation": "--reservation", "StdOut": "--output", "TresPerJob": "--gpus", "TresPerTask": "--gpus-per-task",
+    "Licenses": "--licenses",
 }
 
 
@@ -45,26 +46,32 @@ def resubmit(job: str, script: str, arguments: Sequence[str], exclude: Sequence[
     """
     shown = show_job(job)
     excluded = [name for name in (shown.get("ExcNodeList", "(null)"), *exclude) if name not in ("", "(null)")]
-    command = ["sbatch", "--parsable", *options_of(shown, os.environ)]
+    command = ["sbatch", "--parsable", "--export=ALL", *options_of(shown, os.environ)]
     command += [f"--exclude={','.join(excluded)}"] if excluded else []
     new = _run([*command, script, *arguments], clean_environ(os.environ, job)).strip().split(";")[0]
     for dependent, dependency in _dependents(job):
         moved = re.sub(rf":{job}\b", f":{new}", dependency)
-        _run(["scontrol", "update", f"JobId={dependent}", f"Dependency={moved}"])
+        try:
+            _run(["scontrol", "update", f"JobId={dependent}", f"Dependency={moved}"])
+        except ConfigError as error:
+            print(f"job {dependent} still waits for job {job}, not for {new}: {error}", file=sys.stderr)
     return new
 
 
 def options_of(shown: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
     """The options of sbatch that ask for what a job has, by ``scontrol show job`` and by its script's environment."""
     options = [f"{option}={environ[name]}" for name, option in _SIZES.items() if environ.get(name)]
+    if "SLURM_NTASKS_PER_NODE" not in environ and environ.get("SLURM_NTASKS"):
+        options.append(f"--ntasks={environ['SLURM_NTASKS']}")
     if shown.get("OverSubscribe") == "NO":
         options.append("--exclusive")
     for key, option in _OPTIONS.items():
         value = shown.get(key, "(null)")
         if value in ("", "(null)", "N/A", "0", "UNLIMITED"):
             continue
-        if key == "TresPerNode":
+        if key.startswith("Tres"):
             value = value.removeprefix("gres:")
+            value = value if key == "TresPerNode" else value.removeprefix("gpu:")
         options.append(f"{option}={value}")
     return options
 

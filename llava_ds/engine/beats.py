@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+SAVING_FACTOR = 4
+"""How many times as long a rank may stand still while it saves: a checkpoint may be large and a disk slow."""
 # Innermost files of a stack that waits for other ranks.
 _WAITING = ("torch/distributed/", "deepspeed/comm/")
 
@@ -34,23 +36,30 @@ class Hang:
     message: str
 
 
-def find_hang(beats: Sequence[Beat], silent_s: Mapping[int, float], timeout_s: float) -> Hang | None:
+def is_saving(phase: str) -> bool:
+    """Whether a phase of the loop writes a checkpoint, by its name."""
+    return phase.startswith("saving")
+
+
+def find_hang(
+    beats: Sequence[Beat], silent_s: Mapping[int, float], timeout_s: float, by_stack: bool = True
+) -> Hang | None:
     """Who hangs when no rank has gone on for ``timeout_s``; None while one goes on.
 
     ``silent_s`` are the seconds since each rank's last beat. A rank without beats is stopped, or its machine cannot be
     reached. Among the others it is the one that entered fewest phases; where all stand in the same one, those whose
-    stack does not wait for other ranks.
+    stack does not wait for other ranks (``by_stack``).
     """
     silent = [beat for beat in beats if silent_s[beat.rank] > timeout_s]
     if silent:
         return _describe(silent, beats, timeout_s, "has given no sign of life", [silent_s[b.rank] for b in silent])
-    if any(beat.still_s <= timeout_s for beat in beats):
+    if any(beat.still_s <= timeout_s * (SAVING_FACTOR if is_saving(beat.phase) else 1) for beat in beats):
         return None
     least = min(beat.count for beat in beats)
     behind = [beat for beat in beats if beat.count == least]
     if len(behind) == len(beats):
         busy = [beat for beat in beats if not _waits(beat.stack)]
-        behind = busy if 0 < len(busy) < len(beats) else []
+        behind = busy if by_stack and 0 < len(busy) < len(beats) else []
     if not behind:
         return Hang((), f"all {len(beats)} rank(s) stand in the same place for {timeout_s:.0f} s: {_place(beats[0])}; "
                         f"no one is behind the others. Look at the network.{_stack(beats[0])}")

@@ -112,18 +112,9 @@ def train(
     except (ConfigError, DataError):  # which all ranks raise together
         saver.finish()
         raise
-    except StopRequested:
-        _close(trackers)
-        raise
     guard.enter("saving", progress.step)
     saver.save_now(progress)
-    _close(trackers)
     return progress
-
-
-def _close(trackers: list[Tracker]) -> None:
-    for tracker in trackers:
-        tracker.close()
 
 
 def _train_step(
@@ -148,6 +139,7 @@ def _train_step(
     num_seen = progress.samples_seen + len(plan.slots)
     if _too_many_bad(progress.bad_samples + num_bad, num_seen, settings.max_bad_frac):
         if progress.step:
+            guard.enter("saving before the end", progress.step)
             saver.save_now(progress)
         raise _bad_samples_error(progress.bad_samples + num_bad, num_seen, progress.step, settings.max_bad_frac)
     if not num_bad:
@@ -237,6 +229,8 @@ def _agree(
     votes = (*saver.votes(), int(guard.wants_stop()))
     totals = _sum_over_ranks(torch.tensor((*counts, *votes), dtype=torch.float64), settings)
     num_supervised, num_bad, num_failed, num_saved, num_not_saved, num_asked = map(int, totals.tolist())
+    if num_not_saved:
+        guard.enter("saving what can be saved", progress.step)
     saver.settle(num_saved, num_not_saved, progress)
     if num_asked:  # before failures: the signal may have ended what reads the data
         guard.enter("saving before the end", progress.step)

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,25 +22,27 @@ LOCK_FILE = "lock"
 SUCCEEDS_VARIABLE = "LLAVA_DS_SUCCEEDS"
 """Of the environment: the job that this one was submitted to go on with."""
 _PATIENCE_S = 20.0
+_HOLDER_BYTES = 1024
 
 
 class RunLock:
     """A held lock; ``release`` or the end of the process lets it go."""
 
-    def __init__(self, file: IO[str], path: Path, locked: bool = True) -> None:
+    def __init__(self, file: IO[str], path: Path, holder: Mapping[str, Any]) -> None:
         self._file = file
         self._path = path
-        self._locked = locked
+        self._holder = holder
 
     def check(self) -> None:
-        """Raises CheckpointError when another start of the run has taken the lock since."""
-        if not self._locked:
-            return
-        # Where there is none, the folder was moved, and the lock with it.
-        if self._path.exists() and not _is_at(self._file, self._path):
+        """Raises CheckpointError when another start of the run has taken the lock since.
+
+        Who holds it stands in the file: on some file systems locks do nothing, or hold on one machine only.
+        """
+        now = read_holder(self._path)  # empty where the folder was moved, and the lock with it
+        if now and now.get("token") != self._holder["token"]:
             raise CheckpointError(
-                f"another start of this run has taken over: {_describe(read_holder(self._path))}; this one, "
-                f"{_describe(_self())}, writes nothing more"
+                f"another start of this run has taken over: {_describe(now)}; this one, {_describe(self._holder)}, "
+                "writes nothing more"
             )
 
     def release(self) -> None:
@@ -71,15 +74,21 @@ def hold_run(run_dir: Path, environ: Mapping[str, str] = os.environ, patience_s:
             deadline = float("inf")
             continue
         except OSError as error:
-            print(f"{run_dir} cannot be locked ({error}); nothing keeps a second run out of it")
-            return RunLock(file, path, locked=False)
+            print(f"{run_dir} cannot be locked ({error}); a second run in it is found only when one of them saves")
+            return _take(file, path, environ)
         if not _is_at(file, path):  # taken over between opening and locking
             file.close()
             continue
-        file.truncate(0)
-        file.write(json.dumps(_self(environ)))
-        file.flush()
-        return RunLock(file, path)
+        return _take(file, path, environ)
+
+
+def _take(file: IO[str], path: Path, environ: Mapping[str, str]) -> RunLock:
+    holder = _self(environ)
+    # One write of one length: who reads meanwhile finds the old holder or the new one.
+    os.ftruncate(file.fileno(), _HOLDER_BYTES)
+    with path.open("r+b", buffering=0) as writing:
+        writing.write(json.dumps(holder).encode().ljust(_HOLDER_BYTES))
+    return RunLock(file, path, holder)
 
 
 def check_not_held(run_dir: Path, environ: Mapping[str, str] = os.environ) -> None:
@@ -114,9 +123,9 @@ def _is_at(file: IO[str], path: Path) -> bool:
         return False
 
 
-def _self(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def _self(environ: Mapping[str, str]) -> dict[str, Any]:
     job = {"job": environ["SLURM_JOB_ID"], "restart": _restart(environ)} if "SLURM_JOB_ID" in environ else {}
-    return {"host": socket.gethostname(), "pid": os.getpid(), **job}
+    return {"token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), **job}
 
 
 def _restart(environ: Mapping[str, str]) -> int:
@@ -142,7 +151,8 @@ def _describe(holder: Mapping[str, Any]) -> str:
 def _busy(run_dir: Path, holder: Mapping[str, Any]) -> ConfigError:
     return ConfigError(
         f"a run is being written to {run_dir} now, by {_describe(holder)}.\n"
-        "  Choose another --run-dir, or stop that run first."
+        "  Choose another --run-dir, or stop that run first. Where it is long gone (NFS may keep the lock of a machine "
+        f"that crashed), remove {run_dir / LOCK_FILE}."
     )
 
 

@@ -28,7 +28,7 @@ from llava_ds.engine.saving import SavePolicy, Saver
 from llava_ds.engine.start_report import StartReport
 from llava_ds.engine.training_state import Progress
 from llava_ds.engine.watchdog import UnwatchedGuard, Watchdog
-from llava_ds.errors import ConfigError
+from llava_ds.errors import BackendUnavailableError, ConfigError
 from llava_ds.metrics.trackers import EXTRA_TRACKERS, JsonlTracker, ProgressBar
 from llava_ds.models.build import DTYPES, Backend, resolve_attention, resolve_packing, resolve_splice
 
@@ -36,7 +36,7 @@ from llava_ds.models.build import DTYPES, Backend, resolve_attention, resolve_pa
 def select_device(ranks: Ranks) -> torch.device:
     """This rank's GPU, or the CPU where there is none (or ``DS_ACCELERATOR=cpu`` asks for it).
 
-    Raises ConfigError when a machine has more ranks than GPUs.
+    Raises BackendUnavailableError, on the ranks that have none, when a machine has more ranks than GPUs.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -44,7 +44,7 @@ def select_device(ranks: Ranks) -> torch.device:
     num_devices = torch.cuda.device_count()
     index = 0 if num_devices == 1 else ranks.local_rank
     if index >= num_devices:
-        raise ConfigError(
+        raise BackendUnavailableError(
             f"rank {ranks.rank} is number {ranks.local_rank} of its machine, which shows it {num_devices} GPUs "
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}).\n  Start as many ranks as GPUs."
         )
@@ -134,13 +134,19 @@ def _try_export(step: Path) -> None:
 
 
 def build_guard(
-    config: RunConfig, ranks: Ranks, notice: StopNotice, report: StartReport, name_sample: Callable[[int], str]
+    config: RunConfig,
+    device: torch.device,
+    ranks: Ranks,
+    notice: StopNotice,
+    report: StartReport,
+    name_sample: Callable[[int], str],
 ) -> Watchdog | UnwatchedGuard:
     """Who watches over the ranks from now on (``train.hang_timeout_s``). Collective; stop it when training is over."""
     timeout_s = config.train.hang_timeout_s
     if timeout_s is None:
         return UnwatchedGuard(notice)
-    watchdog = Watchdog(ranks, timeout_s, notice, name_sample, partial(report.hung, ranks))
+    by_stack = device.type == "cpu"  # with NCCL a rank waits wherever the host first needs a number of the GPU
+    watchdog = Watchdog(ranks, timeout_s, notice, name_sample, partial(report.hung, ranks), by_stack)
     watchdog.start()
     return watchdog
 

@@ -10,7 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from llava_ds.distributed import PeerFailedError, Ranks, run_on_main
-from llava_ds.starts import HANG, START_VARIABLE, End, Failure, begin_start, note_failure, slurm_facts, write_end
+from llava_ds.starts import (
+    HANG,
+    START_VARIABLE,
+    End,
+    Failure,
+    begin_start,
+    conclude_earlier,
+    note_failure,
+    slurm_facts,
+    write_end,
+)
 
 _PEER_GONE = re.compile(
     r"closed by peer|reset by peer|broken pipe|remote process exited|NCCL|gloo|store.*(time|connect)", re.IGNORECASE
@@ -33,6 +43,8 @@ class StartReport:
         if self.folder is None:
             facts = {"num_ranks": ranks.world_size, **slurm_facts(self._environ)}
             self.folder = run_on_main(ranks, lambda: begin_start(run_dir.absolute(), facts))
+        if ranks.is_main:  # it holds the run's lock
+            self._write(conclude_earlier)
 
     def failed(self, ranks: Ranks, error: Exception) -> None:
         """This rank ends because of ``error``."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as dist
 
 from llava_ds.distributed import Ranks, gather_objects
-from llava_ds.engine.beats import Beat, Hang, find_hang
+from llava_ds.engine.beats import Beat, Hang, find_hang, is_saving
 from llava_ds.engine.preemption import StopNotice
 
 EXIT_HUNG = 86
@@ -46,6 +46,8 @@ class Watchdog:
     notice: StopNotice
     name_sample: Callable[[int], str]
     on_end: Callable[[Sequence[int], str, int], None]
+    by_stack: bool = True
+    """Whether stacks tell who waits for other ranks, where all stand in the same phase."""
     exit: Callable[[int], Any] = os._exit
     _main: int = field(default_factory=threading.get_ident)
     _now: tuple[int, str, int, float, Sequence[int | str]] = (0, "before the first step", 0, 0.0, ())
@@ -126,7 +128,7 @@ class Watchdog:
             said = json.loads(verdict)
             return Hang(tuple(said["ranks"]), said["message"])
         if self.ranks.is_main:
-            hang = find_hang(heard.beats(), heard.silent_s(), self.hang_timeout_s)
+            hang = find_hang(heard.beats(), heard.silent_s(), self.hang_timeout_s, self.by_stack)
             if hang:
                 store.set("verdict", json.dumps(asdict(hang)))
             return hang
@@ -160,7 +162,7 @@ class Watchdog:
     def _end_when_left_alone(self) -> None:
         """Ends this rank when it was told to but waits for ever, as after the death of another one."""
         asked, since = self.notice.terminated_at, max(self._now[3], self._floor)
-        if asked is None:
+        if asked is None or is_saving(self._now[1]):  # that takes what it takes, and hang_timeout_s watches it
             return
         patience = max(_TERM_GRACE_S, 2 * self._longest_s)
         if time.monotonic() - max(asked, since) > patience:

@@ -62,8 +62,8 @@ def test_ranks_that_differ_are_named_on_every_rank(tmp_path):
     assert first["different"] == second["different"]
     assert "the plans differ between ranks: rank 0 has abc0, rank 1 has abc1" in first["different"]
     assert first["main fails"] == "DataError: no data on rank 0"
-    assert second["main fails"] == "ConfigError: rank 0 failed, so rank 1 stops: DataError: no data on rank 0"
-    assert first["other fails"] == "ConfigError: rank 1 failed, so rank 0 stops: DataError: no data on rank 1"
+    assert second["main fails"] == "PeerFailedError: rank 0 failed, so rank 1 stops: DataError: no data on rank 0"
+    assert first["other fails"] == "PeerFailedError: rank 1 failed, so rank 0 stops: DataError: no data on rank 1"
     assert second["other fails"] == "DataError: no data on rank 1"
     assert first["backend"] == second["backend"] == {"name": "library", "reason": "on rank 1: bad GPU"}
     assert first["none fails"] == second["none fails"] == "fine: made"

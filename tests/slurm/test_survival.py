@@ -116,7 +116,7 @@ def rank_dies(world: World) -> None:
 
 def rank_hangs(world: World) -> None:
     """A process of a rank is stopped: the watchdog names it, and the next start goes on."""
-    job = world.job("rank hangs", "--set", "train.hang_timeout_s=10")
+    job = world.job("rank hangs", "--set", "train.hang_timeout_s=20")
     job.wait_for_step(15)
     name = world.cluster.hosts(job.id)[1]
     _kill_rank(world.cluster, job, "-STOP")

@@ -118,7 +118,7 @@ def test_chosen_backends_are_printed_and_stand_in_the_run_record(tmp_path, capsy
     model = SimpleNamespace(vision_tower=SimpleNamespace(spec=SimpleNamespace(as_dict=dict)))
     data = SimpleNamespace(plan=plan, skipped={})
     lock = start_run(tmp_path / "run", config, {}, model, backends, {}, data, Ranks(0, 0, 1))
-    lock.close()
+    lock.release()
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert {name: record[name] for name in backends} == {name: vars(backend) for name, backend in backends.items()}
     assert "attention: sdpa (a); packing: padded (b); splice: library (c)" in capsys.readouterr().out

@@ -1,6 +1,13 @@
 """Who hangs, from what the ranks said last."""
 
+import time
+
+import pytest
+
+from llava_ds.distributed import Ranks
 from llava_ds.engine.beats import Beat, find_hang
+from llava_ds.engine.preemption import StopNotice
+from llava_ds.engine.watchdog import Watchdog
 
 WAITING = '  File "torch/distributed/distributed_c10d.py", line 1, in all_reduce\n'
 BUSY = '  File "llava_ds/data/images.py", line 131, in _read\n'
@@ -56,3 +63,39 @@ def test_of_a_thousand_ranks_the_first_are_told_and_the_others_counted():
     hang = find_hang(beats, _heard(beats), 60)
     assert len(hang.ranks) == 512 and hang.ranks[:3] == (1, 3, 5)
     assert hang.message.count("has not gone on") == 4 and "and 508 more ranks: 9, 11" in hang.message
+
+
+def test_stacks_single_nobody_out_where_they_do_not_tell_who_waits():
+    beats = _beats([9, 9, 9], stacks=[WAITING, BUSY, WAITING])
+    assert find_hang(beats, _heard(beats), 60, by_stack=False).ranks == ()
+
+
+def test_a_save_may_take_longer():
+    beats = [*_beats([9, 9]), Beat(2, "node2", 8, "saving", 7, 100.0)]
+    assert find_hang(beats, _heard(beats), 60) is None
+    assert find_hang(beats, _heard(beats), 20).ranks == (2,)
+
+
+class Ended(Exception):
+    """In the place of the process's end."""
+
+
+def _watchdog(phase: str, still_s: float) -> Watchdog:
+    def leave(code):
+        raise Ended(code)
+
+    notice = StopNotice()
+    notice.terminated_at = time.monotonic() - 60
+    watchdog = Watchdog(Ranks(1, 1, 2), 900, notice, str, lambda *_: None, exit=leave)
+    watchdog._now = (5, phase, 3, time.monotonic() - still_s, ())
+    return watchdog
+
+
+def test_a_rank_that_was_told_to_end_waits_for_others_for_seconds_only():
+    with pytest.raises(Ended):
+        _watchdog("backward", 30)._end_when_left_alone()
+    _watchdog("backward", 5)._end_when_left_alone()  # it still goes on
+
+
+def test_a_rank_that_was_told_to_end_is_not_interrupted_while_it_saves():
+    _watchdog("saving before the end", 30)._end_when_left_alone()

@@ -3,7 +3,7 @@
 import pytest
 
 from llava_ds.checkpoint.layout import commit, step_dir
-from llava_ds.cluster.batch import begin, end, note_preflight, refuse
+from llava_ds.cluster.batch import begin, end, note_preflight, own_start, refuse
 from llava_ds.cluster.decide import Past, decide, of_one_job, signature
 from llava_ds.constants import FINISHED_MARKER
 from llava_ds.errors import ConfigError
@@ -75,7 +75,8 @@ def test_starts_of_a_job_are_told_from_those_of_others(tmp_path):
     starts = list_starts(tmp_path)
     assert [start.folder for start in starts] == folders and [start.number for start in starts] == [1, 2, 3, 4]
     assert [start.number for start in of_one_job(starts, starts[-1].facts)] == [1, 3, 4]
-    assert [start.end.reason for start in starts[:-1]] == ["lost"] * 3 and starts[-1].end is None
+    # That of job 8 may still be running.
+    assert [start.end and start.end.reason for start in starts] == ["lost", None, "lost", None]
 
 
 def test_a_run_that_is_killed_twice_at_the_same_place_stops_and_says_why(tmp_path):
@@ -119,7 +120,8 @@ def test_five_starts_that_were_lost_are_the_last(tmp_path):
     ("report", "error", "decision"),
     [
         ('{"bad_nodes": ["node2"], "problems": [{"node": "node2", "message": "no file"}]}', "BadNodes", "resubmit"),
-        ('{"bad_nodes": [], "problems": [{"node": null, "message": "no file"}]}', "SettingsProblem", "stop"),
+        ('{"bad_nodes": [], "problems": [{"node": null, "message": "no file"}], "code": 1}', "SettingsProblem", "stop"),
+        ('{"bad_nodes": [], "problems": [{"node": null, "message": "slow"}], "code": 3}', "SuspectNodes", "requeue"),
         ("", "Preflight", "requeue"),
     ],
 )
@@ -136,6 +138,23 @@ def test_a_start_that_was_refused_is_on_record(tmp_path):
     refuse(tmp_path, "stage 1 is not finished", _environ("7"))
     (start,) = list_starts(tmp_path)
     assert (start.end.reason, start.end.message, start.end.decision) == ("failed", "stage 1 is not finished", "stop")
+
+
+def test_a_batch_script_ends_its_own_start_whatever_began_since(tmp_path):
+    mine, other = begin(tmp_path, _environ("7")), begin(tmp_path, _environ("8"))
+    write_end(mine, End("stopped", "by a signal", 4))
+    note_failure(other, Failure(0, "ConfigError", "a run is being written to it now"))
+    start = own_start(tmp_path, {"LLAVA_DS_START": str(mine)})
+    assert start.folder == mine and end(tmp_path, start, 85, {}).decision == "requeue"
+    assert own_start(tmp_path, {}).folder == other
+    assert list_starts(tmp_path)[1].end is None
+
+
+def test_a_job_that_has_to_stop_is_not_started_by_a_requeue_of_others(tmp_path):
+    for restart in range(2):
+        note_failure(begin(tmp_path, _environ("7", restart)), Failure(0, "Killed", "killed by signal 9"))
+    with pytest.raises(ConfigError, match="failed the same way 2 times"):
+        begin(tmp_path, _environ("7", 2))
 
 
 def test_what_was_recorded_stays(tmp_path):

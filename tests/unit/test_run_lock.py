@@ -1,5 +1,6 @@
 """A run folder has one writer; a later start of its job takes it from an earlier one."""
 
+import fcntl
 import json
 
 import pytest
@@ -42,7 +43,7 @@ def test_a_lock_that_was_let_go_is_taken_without_a_word(tmp_path, capsys):
     hold_run(tmp_path, {}).release()
     hold_run(tmp_path, {}).check()
     assert capsys.readouterr().out == ""
-    assert sorted(json.loads((tmp_path / LOCK_FILE).read_text())) == ["host", "pid"]
+    assert sorted(json.loads((tmp_path / LOCK_FILE).read_text())) == ["host", "pid", "token"]
 
 
 def test_a_folder_that_was_moved_keeps_its_lock(tmp_path):
@@ -51,3 +52,15 @@ def test_a_folder_that_was_moved_keeps_its_lock(tmp_path):
     lock = hold_run(run, {})
     run.rename(tmp_path / "run.1")
     lock.check()
+
+
+def test_where_locks_do_nothing_the_earlier_run_finds_the_later_one_when_it_saves(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    first, second = hold_run(tmp_path, {}), hold_run(tmp_path, {})
+    assert capsys.readouterr().out.count("no locks here") == 2
+    second.check()
+    with pytest.raises(CheckpointError, match="has taken over"):
+        first.check()
