@@ -130,6 +130,7 @@ _llava_layout() { # how many ranks, and where they meet
     echo "$LLAVA_TASKS ranks a node, but the job has $SLURM_CPUS_ON_NODE CPU(s) on $(hostname -s): submit it with --ntasks-per-node=$LLAVA_TASKS, --cpus-per-task or --exclusive" >&2
     exit 1
   fi
+  export LLAVA_RANKS=$((SLURM_JOB_NUM_NODES * LLAVA_TASKS))
   LLAVA_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
   export MASTER_ADDR=${LLAVA_HOSTS%%,*}
   # Another port for another job, and for another start of it: the last one's may not be free yet.
@@ -197,7 +198,7 @@ llava_train() { # name of the run's folder, recipe, --set key=value...
   if [ $LLAVA_CODE = 0 ] && [ -z "$LLAVA_NOTICED" ]; then
     _llava_srun "$LLAVA_TASKS" python llava_ds/train.py --deepspeed "${LLAVA_DEEPSPEED:-ds_configs/zero3.json}" \
       --recipe "$recipe" --run-dir "$run" --resume "$@" &
-    _llava_wait $((SLURM_JOB_NUM_NODES * LLAVA_TASKS)) $!
+    _llava_wait "$LLAVA_RANKS" $!
   fi
   _llava_after "$run"
 }

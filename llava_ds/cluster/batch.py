@@ -48,6 +48,7 @@ from llava_ds.starts import (
     write_end,
 )
 
+RANKS_VARIABLE = "LLAVA_RANKS"
 EXCLUDE_VARIABLE = "LLAVA_EXCLUDE_BAD_NODES"
 PREFLIGHT_REPORT = "preflight.json"
 
@@ -58,6 +59,8 @@ def begin(run_dir: Path, environ: Mapping[str, str]) -> Path:
     Raises ConfigError when the job's starts before it were all lost and came to nothing, so that it stops here.
     """
     facts: dict[str, Any] = {"step": last_step(run_dir), **slurm_facts(environ)}
+    if environ.get(RANKS_VARIABLE):
+        facts["num_ranks"] = int(environ[RANKS_VARIABLE])
     if environ.get(SUCCEEDS_VARIABLE):
         facts["succeeds"] = environ[SUCCEEDS_VARIABLE]
     before = of_one_job(list_starts(run_dir), facts)

@@ -71,10 +71,11 @@ def _save(run, step: int) -> None:
 def test_starts_of_a_job_are_told_from_those_of_others(tmp_path):
     folders = [begin(tmp_path, _environ("7")), begin(tmp_path, _environ("8"))]
     folders.append(begin(tmp_path, _environ("9", LLAVA_DS_SUCCEEDS="7")))
-    folders.append(begin(tmp_path, _environ("9", 1, LLAVA_DS_SUCCEEDS="7")))
+    folders.append(begin(tmp_path, _environ("9", 1, LLAVA_DS_SUCCEEDS="7", LLAVA_RANKS="16")))
     starts = list_starts(tmp_path)
     assert [start.folder for start in starts] == folders and [start.number for start in starts] == [1, 2, 3, 4]
     assert [start.number for start in of_one_job(starts, starts[-1].facts)] == [1, 3, 4]
+    assert [start.facts.get("num_ranks") for start in starts] == [None, None, None, 16]
     # That of job 8 may still be running.
     assert [start.end and start.end.reason for start in starts] == ["lost", None, "lost", None]
 
