@@ -48,9 +48,9 @@ def undisturbed(world: World) -> Job:
 
 def time_limit(world: World) -> None:
     """Its time is over before its steps are."""
-    job = world.job("time limit", flags="--time=60 --signal=B:USR1@60")
+    job = world.job("time limit", flags="--time=60 --signal=B:USR1@110")
     job.wait_for_step(15)
-    minutes = int(time.monotonic() - job.began + 25) // 60 + 1  # less than a minute is left: the warning comes now
+    minutes = int(time.monotonic() - job.began + 25) // 60 + 1  # less than 110 s are left: the warning comes now
     world.cluster.login("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
     world.cluster.wait_for(lambda: job.ends()[0][0], 120, "the end of the first start")
     world.cluster.login("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
