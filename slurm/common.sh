@@ -203,6 +203,14 @@ llava_train() { # name of the run's folder, recipe, --set key=value...
   _llava_after "$run"
 }
 
+llava_train_from_stage1() { # as llava_train, from what stage 1 left unless --set model.init_from names something else
+  local name=$1 recipe=$2
+  shift 2
+  [[ " $* " == *" model.init_from="* ]] ||
+    llava_require "$LLAVA_RUNS/$name" "$LLAVA_RUNS/stage1/FINISHED" "stage 1 is not finished"
+  llava_train "$name" "$recipe" --set "model.init_from=$LLAVA_RUNS/stage1" "$@"
+}
+
 _llava_after() { # run folder: what has to be done now that srun has ended
   local decision nodes facts=()
   # A srun that is told to end does so before the ranks have saved.

@@ -10,6 +10,4 @@ source "$LLAVA_HOME/slurm/common.sh"
 LLAVA_SELF=(slurm/scienceqa.sh "$@")
 llava_enter "${LLAVA_SELF[@]}"
 
-[[ " $* " == *" model.init_from="* ]] ||
-  llava_require "$LLAVA_RUNS/scienceqa" "$LLAVA_RUNS/stage1/FINISHED" "stage 1 is not finished"
-llava_train scienceqa "${LLAVA_SCIENCEQA_RECIPE:-paper_scienceqa_7b}" --set "model.init_from=$LLAVA_RUNS/stage1" "$@"
+llava_train_from_stage1 scienceqa "${LLAVA_SCIENCEQA_RECIPE:-paper_scienceqa_7b}" "$@"

@@ -10,6 +10,4 @@ source "$LLAVA_HOME/slurm/common.sh"
 LLAVA_SELF=(slurm/stage2.sh "$@")
 llava_enter "${LLAVA_SELF[@]}"
 
-[[ " $* " == *" model.init_from="* ]] ||
-  llava_require "$LLAVA_RUNS/stage2" "$LLAVA_RUNS/stage1/FINISHED" "stage 1 is not finished"
-llava_train stage2 "${LLAVA_STAGE2_RECIPE:-quickstart_stage2}" --set "model.init_from=$LLAVA_RUNS/stage1" "$@"
+llava_train_from_stage1 stage2 "${LLAVA_STAGE2_RECIPE:-quickstart_stage2}" "$@"

@@ -56,7 +56,7 @@ PREFLIGHT_REPORT = "preflight.json"
 def begin(run_dir: Path, environ: Mapping[str, str]) -> Path:
     """Makes the folder of a new start.
 
-    Raises ConfigError when the job's starts before it were all lost and came to nothing, so that it stops here.
+    Raises ConfigError when the job's starts before it say that it has to stop, whoever started it again.
     """
     facts: dict[str, Any] = {"step": last_step(run_dir), **slurm_facts(environ)}
     if environ.get(RANKS_VARIABLE):
@@ -94,7 +94,8 @@ def note_preflight(start: Start, code: int) -> None:
     problems = report.get("problems", [])
     messages = [f"{problem['node'] or 'all nodes'}: {problem['message']}" for problem in problems]
     if not messages:
-        note_failure(start.folder, Failure(0, "Preflight", f"it ended with exit code {code}; see preflight.log"))
+        message = f"it ended with exit code {code}; see preflight-rank-*.log in {start.folder}"
+        note_failure(start.folder, Failure(0, "Preflight", message))
         return
     error = SETTINGS_PROBLEM if report.get("code") == 1 else BAD_NODES if report.get("bad_nodes") else "SuspectNodes"
     note_failure(start.folder, Failure(0, error, "\n".join(messages)))

@@ -15,7 +15,7 @@ DATA = PathReport("/data/train.json", "file", 12, 0, "aa")
 TOWER = PathReport("/models/tower", "folder", 30, 2, "bb", required=False)
 PLACES = {
     "run_dir": Place("/runs", 100 * GIB), "tmp": Place("/tmp", 5 * GIB), "shm": Place("/dev/shm", GIB),
-    "cache": Place("/home/me/.cache", GIB),
+    "cache": Place("/scratch/cache", GIB),
 }
 
 
@@ -98,7 +98,7 @@ def test_what_most_nodes_lack_is_a_problem_of_the_settings_that_names_them():
 
 
 def test_a_name_is_missing_nowhere_as_a_path():
-    name = PathReport("/home/me/ViT-L-14", "missing", required=False)
+    name = PathReport("/models/ViT-L-14", "missing", required=False)
     assert find_problems([_with_path(node, "model.vision_tower", name) for node in "abc"]) == []
 
 
