@@ -15,7 +15,7 @@ LAYERS = {
     "data": 3, "models": 3,
     "checkpoint": 4,
     "engine": 5, "inference": 5,
-    "evaluation": 6, "quickstart": 6, "cluster": 6,
+    "evaluation": 6, "datagen": 6, "quickstart": 6, "cluster": 6,
     "train": 7,
 }
 ONE_SITE = {"cuda", "deepspeed", "gguf", "flash_attn", "triton", "open_clip", "openai", "gradio", "wandb", "matplotlib"}
