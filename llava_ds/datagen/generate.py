@@ -44,7 +44,7 @@ def generate(
     results = refuse_repeated(done[sample.id] for sample in samples)
     _write(folder, results, settings.seed, prompts, client)
     report = _report(results, records, client)
-    folder.finish(report, is_complete=not report["open"])
+    folder.finish(report)
     return report
 
 
@@ -95,6 +95,7 @@ def _report(results: Sequence[Result], records: Records, client: ChatClient) -> 
         given.reason.partition(":")[0] for result in results for given in result.replies if given.reason is not None
     )
     return {
+        "is_complete": not any(result.is_open for result in results),
         "num_images": len(records.images),
         "left_out_of_records": dict(sorted(records.left_out.items())),
         "planned": _by_kind(results),
@@ -113,15 +114,3 @@ def _by_kind(results: Sequence[Result]) -> dict[str, int]:
     counts = Counter(result.sample.kind.name for result in results)
     return {name: counts[name] for name in KINDS}
 
-
-def summarize_generation(report: Mapping[str, Any]) -> list[str]:
-    """Lines for people."""
-    lines = [f"left out {count}: {reason}" for reason, count in report["left_out_of_records"].items()]
-    lines += [
-        f"{name}: {report['produced'][name]} of {planned} samples, {report['rejected'][name]} rejected"
-        for name, planned in report["planned"].items()
-        if planned
-    ]
-    lines += [f"refused {count} replies: {reason}" for reason, count in report["refused_replies"].items()]
-    lines += [f"no answer for {count} samples: {problem}" for problem, count in report["open"].items()]
-    return lines

@@ -9,18 +9,18 @@ from llava_ds.datagen.kinds import Kind
 
 _TEXT = r"""
 question ::= [A-Z] [a-z]{1,9} (" " word){3,14} "?"
-sentence ::= [A-Z] [a-z]{0,9} (" " word){5,18} "."
-word ::= [A-Za-z'-]{1,14} ","?
+sentence ::= [A-Z] [a-z]{0,9} (","? " " word){5,18} "."
+word ::= [A-Za-z'-]{1,14}
 """
 
 
 def reply_grammar(kind: Kind) -> str:
     """Questions of up to 16 words and sentences of up to 20, as many as the kind asks; letters only, so no numbers."""
     if not kind.asks:
-        return f'root ::= sentence (" " sentence){{4,6}}{_TEXT}'
+        return f'root ::= sentence (" " sentence){{4,5}}{_TEXT}'
     fewest = kind.num_pairs[0]
     most = 1 if kind.num_pairs[1] == 1 else 3
-    sentences = "{4,6}" if kind.answer_words[0] > 6 else "{0,1}"
+    sentences = "{4,5}" if kind.answer_words[0] > 6 else "{0,1}"
     return (
         f'root ::= pair ("\\n===\\n" pair){{{fewest - 1},{most - 1}}}\n'
         'pair ::= "Question:\\n" question "\\n===\\nAnswer:\\n" answer\n'

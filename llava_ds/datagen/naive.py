@@ -16,8 +16,8 @@ from llava_ds.datagen.records import BadRecords, OnBadRecord
 from llava_ds.errors import DataError
 from llava_ds.schema import Sample
 
-Progress = Callable[[Iterable[int], str], Iterable[int]]
-"""Wraps the numbers of pairs while they are gone through, told what for."""
+Progress = Callable[[Iterable[int]], Iterable[int]]
+"""Wraps the numbers of pairs while they are gone through."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def write_naive(
     seed: int = 0,
     on_bad_record: OnBadRecord = "error",
     phrase_filter: NounPhraseFilter | None = None,
-    progress: Progress = lambda numbers, _: numbers,
+    progress: Progress = lambda numbers: numbers,
 ) -> dict[str, Any]:
     """Writes the pairs of a .jsonl, .csv or .parquet file into the folder ``out``, and returns the report.
 
@@ -52,11 +52,16 @@ def write_naive(
     if phrase_filter:
         numbers, balanced = _choose(source, phrase_filter, bad, progress)
         counts = {name: value for name, value in asdict(balanced).items() if name != "captions"}
-    samples = _read(source, progress(numbers, "written"), bad)
+    samples = _read(source, progress(numbers), bad)
     produced = folder.write_records(_record(sample, source.image_root) for sample in samples)
-    left_out = dict(sorted(bad.counts.items()))
-    report = {"num_pairs": len(source), "left_out_of_records": left_out, "produced": produced} | counts
-    folder.finish(report, is_complete=True)
+    report = {
+        "is_complete": True,
+        "left_out_of_records": dict(sorted(bad.counts.items())),
+        "num_pairs": len(source),
+        "num_written": produced,
+        **counts,
+    }
+    folder.finish(report)
     return report
 
 
@@ -74,7 +79,7 @@ def _choose(
     numbers = array("Q")
 
     def captions() -> Iterator[str]:
-        for number in progress(range(len(source)), "noun phrases"):
+        for number in progress(range(len(source))):
             for sample in _read(source, [number], bad):
                 numbers.append(number)
                 yield sample.turns[1].text

@@ -51,10 +51,10 @@ class OutputFolder:
         """JSONL. Returns the number of lines."""
         return self._replace(name, records, "", "\n", "\n")
 
-    def finish(self, report: Mapping[str, Any], is_complete: bool) -> None:
-        """Writes the report, and ``COMPLETE`` if all is done."""
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """Writes the report, and ``COMPLETE`` if it says that all is done."""
         self._write_json(_REPORT, report)
-        if is_complete:
+        if report["is_complete"]:
             replace_file(self.path / COMPLETE_MARKER, "")
 
     def _read_before(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from llava_ds.datagen.kinds import Kind
@@ -18,7 +19,7 @@ _SAYS = (
     r"(?:say|state|mention|describe|indicate|suggest|note|tell|specif|refer|list|include|provide|do not|does not|don't"
     r"|doesn't)"
 )
-_GIVEN = r"(?:given|provided|above|supplied|following|available)"
+_GIVEN = r"(?:given|provided|above|supplied|available)"
 _SHOWN = r"(?:captions?|descriptions?|sentences?|information|context|text|data|details?|lists?|annotations?|input)"
 
 FAULTS = {
@@ -42,7 +43,8 @@ FAULTS = {
         r"\bobject (?:list|detections?|annotations?)\b", r"\b(?:list of|detected) objects\b", r"\bannotations?\b",
     ),
     "speaks of its source": _any(
-        rf"\b{_GIVEN} {_SHOWN}\b", rf"\b(?:information|details?|context|data) {_GIVEN}\b",
+        rf"\b(?:the|this|these|your|any|on|from|in|by|with) {_GIVEN} {_SHOWN}\b",
+        rf"\b(?:information|details?|context|data) {_GIVEN}\b",
         r"\b(?:in|from|on|by|to|per) (?:the|this|these|your|both|all) (?:image )?(?:descriptions?|sentences)\b"
         r"(?! (?:on|of) )",
         rf"\b(?:the|these|this|your) (?:image )?(?:descriptions?|sentences) {_SAYS}",
@@ -60,6 +62,10 @@ FAULTS = {
     ),
 }
 """Words that no question and no answer may hold, by the reason they are refused for."""
+
+
+_RUN, _MOST_RUNS = 4, 4
+"""An answer in which as many words in a row come as often is a model that has lost its way."""
 
 
 def find_fault(kind: Kind, text: str, finish_reason: str) -> str | None:
@@ -103,13 +109,14 @@ def _find_length(kind: Kind, pairs: Sequence[Pair]) -> str | None:
 
 
 def _find_repetition(kind: Kind, pairs: Sequence[Pair]) -> str | None:
-    seen = set()
-    for pair in pairs if kind.asks else ():
-        question = normalise_text(pair.question)
-        if question in seen:
-            return f"a question twice: {pair.question[:60]!r}"
-        seen.add(question)
-    return None
+    for pair in pairs:
+        words = normalise_text(pair.answer).split()
+        runs = Counter(zip(*(words[start:] for start in range(_RUN)), strict=False)).most_common(1)
+        if runs and runs[0][1] >= _MOST_RUNS:
+            return f"goes round in circles: {' '.join(runs[0][0])!r} {runs[0][1]} times"
+    questions = Counter(normalise_text(pair.question) for pair in pairs if kind.asks)
+    twice = next((question for question, count in questions.items() if count > 1), None)
+    return f"a question twice: {twice[:60]!r}" if twice is not None else None
 
 
 def normalise_text(text: str) -> str:

@@ -18,7 +18,10 @@ LAYERS = {
     "evaluation": 6, "datagen": 6, "quickstart": 6, "cluster": 6,
     "train": 7,
 }
-ONE_SITE = {"cuda", "deepspeed", "gguf", "flash_attn", "triton", "open_clip", "openai", "gradio", "wandb", "matplotlib"}
+ONE_SITE = {
+    "cuda", "deepspeed", "gguf", "flash_attn", "triton", "open_clip", "openai", "gradio", "wandb", "matplotlib",
+    "spacy",
+}
 # The quickstart runs the whole path, its own evaluation included.
 SIBLINGS_ALLOWED = {("quickstart", "evaluation")}
 
