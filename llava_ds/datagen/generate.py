@@ -31,7 +31,7 @@ def generate(
     Raises ConfigError when ``out`` was begun with other settings, and what the client raises.
     """
     samples = plan_samples(records.images, settings.mix, settings.num_samples, settings.seed)
-    folder = OutputFolder(out, _inputs(records, samples, settings, prompts), client.endpoint.base_url, ("openai",))
+    folder = OutputFolder(out, _inputs(records, samples, settings, prompts), client.endpoint.public_url, ("openai",))
     folder.begin()
     by_id = {sample.id: sample for sample in samples}
 

@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llava_ds import __version__
 from llava_ds.checkpoint.layout import replace_file, sync_to_disk
 from llava_ds.constants import COMPLETE_MARKER, IMAGE_PLACEHOLDER
 from llava_ds.datagen.reply import Pair
@@ -31,8 +30,8 @@ class OutputFolder:
         self.path = path
         self.inputs = json.loads(json.dumps(inputs))
         self._endpoint = endpoint
-        self._versions = {"llava_ds": __version__, "python": platform.python_version()} | {
-            name: metadata.version(name) for name in packages
+        self._versions = {"python": platform.python_version()} | {
+            name: metadata.version(name) for name in ("llava_ds", *packages)
         }
 
     def begin(self) -> None:

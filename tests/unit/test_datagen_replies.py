@@ -183,7 +183,7 @@ def test_own_prompts(tmp_path):
     (folder / "detail" / "system.md").write_text(" \n")
     with pytest.raises(ConfigError) as raised:
         load_prompts(folder, KINDS)
-    for words in ("conversation/system.md: ", "complex/example-1-reply.txt: wrong form", "detail/system.md: the file is"):
+    for words in ("conversation/system.md: ", "complex/example-1-reply.txt: wrong form", "detail/system.md: the file"):
         assert words in str(raised.value)
 
 
