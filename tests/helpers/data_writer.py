@@ -2,13 +2,21 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 from llava_ds.datagen.kinds import KINDS
 from llava_ds.datagen.prompt_files import OUR_PROMPTS, load_prompts
 from llava_ds.datagen.records import AnnotatedImage, Instance
 
 WORDS = "amber brick cedar delta ember fjord grove haven ivory jetty knoll lilac maple north olive pearl".split()
+SMALL_PROMPTS = {
+    "conversation": "Write questions about a picture, and answers.",
+    "detail": "Describe the picture in five sentences.",
+    "complex": "Write a question about the picture that takes thought, and an answer of five sentences.",
+}
+"""For a model so small that examples only slow it down."""
 _KIND_OF = {prompt.messages[0].content: name for name, prompt in load_prompts(OUR_PROMPTS, KINDS).items()}
+_KIND_OF |= {text: name for name, text in SMALL_PROMPTS.items()}
 
 
 def kind_of(body: dict) -> str:
@@ -45,3 +53,11 @@ def make_images(count: int) -> list[AnnotatedImage]:
         )
         for n in range(count)
     ]
+
+
+def write_small_prompts(folder: Path) -> Path:
+    """A folder for ``--prompts``."""
+    for name, text in SMALL_PROMPTS.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "system.md").write_text(text)
+    return folder

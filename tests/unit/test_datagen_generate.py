@@ -164,7 +164,7 @@ def test_the_same_text_twice(tmp_path):
 
 def test_a_spent_budget_is_told_and_gone_on_from(tmp_path):
     with fault_proxy(write_reply) as proxy:
-        report = run(tmp_path, proxy.base_url, max_total_tokens=8000, concurrency=1)
+        report = run(tmp_path, proxy.base_url, max_total_tokens=6000, concurrency=1)
         num_first = proxy.totals()["good"]
         assert 0 < num_first < 16 and not report["is_complete"]
         assert report["open"] == {"budget": 16 - num_first}
