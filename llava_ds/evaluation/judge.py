@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from llava_ds.api.client import ChatClient
 from llava_ds.api.messages import ChatReply, ChatRequest, Message, Outcome
 from llava_ds.errors import DataError
@@ -81,7 +79,7 @@ class Judgement:
 def plan_requests(
     bench: Bench, rule: JudgeRule, plan: Plan, model: str, extra_body: Mapping[str, Any]
 ) -> list[tuple[Slot, ChatRequest]]:
-    """Every judgement with its request. Equal answers of two models give equal requests, which are asked once.
+    """Every judgement with its request. Equal answers of two models give equal requests, which the client pays once.
 
     Raises ConfigError when the rule lacks a kind of question.
     """
@@ -123,39 +121,34 @@ def _seed(seed: int, slot: Slot) -> int:
 def judge(
     client: ChatClient, planned: Sequence[tuple[Slot, ChatRequest]], max_attempts: int
 ) -> list[Judgement]:
-    """Asks what is planned; judgements in the plan's order, one for each slot."""
-    slots: dict[str, list[Slot]] = defaultdict(list)
-    requests: dict[str, ChatRequest] = {}
-    for slot, request in planned:
-        key = request.key()
-        first = requests.setdefault(key, request)
-        slots[first.id].append(slot)
+    """Asks what is planned; judgements in the plan's order, one for each slot.
+
+    Raises what ``ChatClient.ask`` raises.
+    """
+    slots = {request.id: slot for slot, request in planned}
 
     def check(request: ChatRequest, reply: ChatReply) -> str | None:
         try:
-            slots[request.id][0].scores(reply.text)
+            slots[request.id].scores(reply.text)
         except DataError as error:
             return error.reason
         return None
 
-    found: dict[Slot, Judgement] = {}
-    asked = client.ask(requests.values(), check, max_attempts)
-    for outcome in tqdm(asked, total=len(requests), unit="judgement", disable=None):
-        found.update((slot, _judgement(slot, outcome)) for slot in slots[outcome.request.id])
-    return [found[slot] for slot, _ in planned]
+    outcomes = client.ask([request for _, request in planned], check, max_attempts)
+    found = {outcome.request.id: outcome for outcome in outcomes}
+    return [_judgement(slot, found[request.id]) for slot, request in planned]
 
 
 def _judgement(slot: Slot, outcome: Outcome) -> Judgement:
     replies = [*(reply for reply, _ in outcome.rejected), *([outcome.reply] if outcome.reply else [])]
     last = replies[-1] if replies else None
-    problem, was_judged = outcome.problem, outcome.reply is not None
-    if outcome.reply is None and outcome.rejected and (problem or "").startswith("rejected"):
-        problem, was_judged = outcome.rejected[-1][1], True
+    problem = outcome.problem or ""
+    is_unparsable = problem.startswith("rejected")
     return Judgement(
         slot,
         slot.scores(outcome.reply.text) if outcome.reply else None,
-        problem,
-        was_judged,
+        outcome.rejected[-1][1] if is_unparsable else outcome.problem,
+        outcome.reply is not None or is_unparsable,
         last.text if last else "",
         tuple(reply.model for reply in replies),
         last.response_id if last else None,

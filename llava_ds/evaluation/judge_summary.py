@@ -38,7 +38,7 @@ def summarize(questions: Sequence[Question], judgements: Sequence[Judgement], bo
         "num_judgements": len(judgements),
         "num_scored": sum(one.scores is not None for one in judgements),
         "unparsable": _count(one.problem for one in judgements if one.scores is None and one.was_judged),
-        "not_judged": _count(one.problem for one in judgements if not one.was_judged),
+        "not_judged": _count(_kind(one.problem) for one in judgements if not one.was_judged),
         "asked_again": sum(one.attempts > 1 for one in judgements),
         "excluded_questions": [question.id for question in questions if question.id not in scores],
         "partly_judged_questions": [
@@ -146,6 +146,11 @@ def _seen(judgements: Sequence[Judgement], name: str) -> list[Any]:
 
 def _count(problems: Iterable[str | None]) -> dict[str, int]:
     return dict(sorted(Counter(str(problem) for problem in problems).items()))
+
+
+def _kind(problem: str | None) -> str:
+    """``gave up: http_500`` of ``gave up: http_500: what the server said (try 6)``."""
+    return ": ".join(str(problem).split(": ")[:2])
 
 
 def _official(judgements: Sequence[Judgement]) -> dict[str, Any] | None:
