@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,9 +118,7 @@ def _seed(seed: int, slot: Slot) -> int:
     return int.from_bytes(digest[:4], "big") >> 2
 
 
-def judge(
-    client: ChatClient, planned: Sequence[tuple[Slot, ChatRequest]], max_attempts: int
-) -> list[Judgement]:
+def judge(client: ChatClient, planned: Sequence[tuple[Slot, ChatRequest]], max_attempts: int) -> list[Judgement]:
     """Asks what is planned; judgements in the plan's order, one for each slot.
 
     Raises what ``ChatClient.ask`` raises.
@@ -157,9 +155,9 @@ def _judgement(slot: Slot, outcome: Outcome) -> Judgement:
     )
 
 
-def by_answers(judgements: Sequence[Judgement]) -> Iterator[tuple[str, list[Judgement]]]:
-    """The judgements of each model."""
+def by_answers(judgements: Sequence[Judgement]) -> dict[str, list[Judgement]]:
+    """The judgements of each model, in the order of the models."""
     groups: dict[str, list[Judgement]] = defaultdict(list)
     for judgement in judgements:
         groups[judgement.slot.answers].append(judgement)
-    yield from groups.items()
+    return dict(groups)

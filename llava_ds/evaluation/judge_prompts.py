@@ -16,6 +16,7 @@ from llava_ds.evaluation.llava_bench import Kind, Question
 
 Order = Literal["reference_first", "candidate_first"]
 ORDERS: tuple[Order, ...] = get_args(Order)
+BOTH = "both"
 OWN_RULE = Path(__file__).with_name("judge_rule.yaml")
 _PREFIX: dict[Kind, str] = {"coco": "", "in_the_wild": "llava_bench_"}
 
@@ -44,6 +45,12 @@ class JudgeRule:
     def prompt(self, kind: Kind, category: str) -> Mapping[str, str]:
         """Role and prompt for a question of a benchmark."""
         return self.prompts[_PREFIX[kind] + category]
+
+    def orders(self, asked: str | None) -> tuple[Order, ...]:
+        """The orders under a name of ``ORDERS`` or ``BOTH``; the rule's own where none is asked for."""
+        if asked is None:
+            return self.settings.orders
+        return tuple(order for order in ORDERS if asked in (BOTH, order))
 
     def check(self, kind: Kind, categories: Collection[str]) -> None:
         """Raises ConfigError that lists what the file lacks for these questions."""

@@ -27,7 +27,7 @@ def build_report(
     judgements: Sequence[Judgement], bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     """Everything as JSON values; ``comparison`` where two models were judged."""
-    groups = dict(by_answers(judgements))
+    groups = by_answers(judgements)
     report = {
         "benchmark": f"llava_bench_{bench.kind}",
         "num_questions": dict(Counter(question.category for question in bench.questions)),
@@ -85,6 +85,11 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     if len(served) > 1:
         names = ", ".join(f"{name} ({count} replies)" for name, count in sorted(served.items()))
         warnings.append(f"the server answered under {len(served)} names: {names}. These scores are not of one judge.")
+    if report["api"]["from_other_endpoint"]:
+        warnings.append(
+            f"{report['api']['from_other_endpoint']} replies out of the cache came from another endpoint than "
+            f"{report['judge']['base_url']}; give another --cache to ask this one."
+        )
     for name, model in report["models"].items():
         if model["not_judged"]:
             warnings.append(

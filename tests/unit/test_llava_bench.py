@@ -153,7 +153,8 @@ def test_official_settings_go_with_an_official_rule(tmp_path):
 def test_our_rule_names_every_kind_of_question_in_other_words(tmp_path):
     rule = load_rule()
     assert sorted(rule.prompts) == sorted(OFFICIAL_KEYS) and rule.is_own
-    assert rule.settings.orders == ORDERS and rule.settings.send_seed
+    assert rule.orders(None) == rule.orders("both") == ORDERS and rule.settings.send_seed
+    assert rule.orders("candidate_first") == ("candidate_first",)
     for kind in ("coco", "in_the_wild"):
         prompts = {rule.prompt(kind, category)["prompt"] for category in CATEGORIES}
         assert len(prompts) == 1 and "request your feedback" not in prompts.pop()
