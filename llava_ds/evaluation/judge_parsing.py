@@ -26,7 +26,7 @@ def parse_scores(text: str, role: str = "Assistant") -> tuple[float, float]:
 
     Raises DataError; its ``reason`` is one of a few, to count by.
     """
-    lines = [line for line in (_MARKUP.sub("", line).strip() for line in text.splitlines()) if line]
+    lines = [line for line in (" ".join(_MARKUP.sub("", line).split()) for line in text.splitlines()) if line]
     if not lines:
         raise _refusal("empty", text)
     named = _named_scores(lines, role)

@@ -71,7 +71,7 @@ def _judge(
     return {
         "model": options.model,
         "served_as": dict(Counter(name for one in judgements for name in one.models)),
-        "base_url": client.endpoint.base_url,
+        "base_url": client.endpoint.public_url,
         "rule": {"file": rule.path.name if rule.is_own else str(rule.path), "sha256": rule.sha256, "own": rule.is_own},
         **vars(rule.settings),
         **vars(plan),  # its orders are those that were asked
