@@ -247,6 +247,7 @@ def test_a_live_model_held_to_the_form_by_a_grammar(tmp_path):
     assert model["num_scored"] + sum(model["unparsable"].values()) == model["num_judgements"] == 3
 
 
+@pytest.mark.slow
 def test_the_shared_questions(tmp_path):
     """All 90, both orders: each judged once; shuffled files and faults give the same to the last digit."""
     files = shared_coco()
