@@ -54,7 +54,8 @@ def hold_out(keys: np.ndarray, seed: int, settings: EvalConfig | None) -> np.nda
         held_out = words < np.uint64(int(settings.holdout_frac * 2.0**64))
     else:
         said = f"eval.holdout_samples={settings.holdout_samples}"
-        held_out = _smallest(words, settings.holdout_samples)
+        count = min(settings.holdout_samples or 0, len(words))
+        held_out = words <= np.partition(words, count - 1)[count - 1]
     if not held_out.any():
         raise ConfigError(f"{said} holds out none of {len(keys)} samples; raise it, or give eval.holdout_samples")
     if held_out.all():
@@ -71,8 +72,8 @@ def plan_eval(
     max_samples: int | None,
 ) -> EvalPlan:
     """The pass over ``indices`` [n], or over ``max_samples`` of them. Raises ConfigError for one that is too long."""
-    words = random_words(seed, _EVALUATED, lengths.rows["key"][indices])
-    chosen = indices[_smallest(words, max_samples)]
+    order = np.argsort(random_words(seed, _EVALUATED, lengths.rows["key"][indices]), kind="stable")
+    chosen = np.sort(indices[order[:max_samples]])
     tokens = lengths.tokens(chosen, np.zeros_like(chosen))
     chosen = chosen[np.argsort(-tokens, kind="stable")]
     size = batch.global_batch_size
@@ -81,10 +82,3 @@ def plan_eval(
         for some in np.split(chosen, range(size, len(chosen), size))
     ]
     return EvalPlan(source, lengths, chosen, tuple(steps))
-
-
-def _smallest(words: np.ndarray, count: int | None) -> np.ndarray:
-    """[n] bool: the ``count`` smallest words and those equal to the largest of these; None takes all."""
-    if count is None or count >= len(words):
-        return np.ones(len(words), bool)
-    return words <= np.partition(words, count - 1)[count - 1]
