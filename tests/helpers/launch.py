@@ -51,7 +51,7 @@ def run_cases(folder: Path, num_ranks: int, cases: Sequence[dict[str, Any]]) -> 
 def read_lines(run_dir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl without what depends on the clock."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    clock = {"samples_per_s", "tokens_per_s", "data_wait_frac", "step_s", "elapsed_s"}
+    clock = {"samples_per_s", "tokens_per_s", "data_wait_frac", "step_s", "elapsed_s", "eval_s"}
     return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
 
 
