@@ -20,6 +20,7 @@ from llava_ds.distributed import Ranks, apply_launcher_environment, flush_and_ex
 from llava_ds.engine.preemption import EXIT_STOPPED, StopNotice, StopRequested
 from llava_ds.engine.start_report import StartReport
 from llava_ds.errors import BackendUnavailableError, CheckpointError, ConfigError, DataError
+from llava_ds.preparations import prepare_named
 from llava_ds.starts import End
 
 
@@ -113,7 +114,7 @@ def run(
     device = select_device(ranks)
     backend.init_distributed(device)
     if config.prepare:
-        config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, ranks)))
+        config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, config.prepare, ranks)))
     check_inputs(config)
     backends = resolve_backends(config, device, ranks)
     point = resume_point(run_dir, resume, config, backends["packing"].name, ranks)
@@ -173,10 +174,8 @@ def run(
     del partitioned, lock
 
 
-def _prepare(ranks: Ranks) -> Path:
-    from llava_ds.quickstart.prepare import prepare
-
-    return prepare(log=print if ranks.is_main else _silent)
+def _prepare(name: str, ranks: Ranks) -> Path:
+    return prepare_named(name, log=print if ranks.is_main else _silent)
 
 
 def _silent(*_: Any) -> None:
