@@ -7,8 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_ds.api.budget import Budget, Prices
+from llava_ds.api.cache import ReplyCache
 from llava_ds.api.client import ChatClient
-from llava_ds.api.endpoint import OPENAI_URL
+from llava_ds.api.connection import check_installed
+from llava_ds.api.endpoint import OPENAI_URL, Endpoint
+from llava_ds.api.limits import Limits
+from llava_ds.api.retries import RetryPolicy
+from llava_ds.cache import cache_folder
+from llava_ds.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,38 @@ def open_client(
     """The client that options describe. With ``dry_run`` its cache is read only, for ``estimate(requests,
     client.cache, client.budget.prices)``.
 
-    Raises ConfigError when options disagree, BackendUnavailableError without the ``openai`` package.
+    The cache is ``options.cache``, else ``default_cache``, else one folder for the user. Raises ConfigError when
+    options lack something or the cache is in use, DataError when it is none, BackendUnavailableError without the
+    ``openai`` package.
     """
-    raise NotImplementedError
+    _check(options)
+    endpoint = Endpoint(options.base_url, options.api_key_env, tuple(options.accept_models), options.timeout_s)
+    if not options.dry_run:
+        check_installed()
+        endpoint.read_key()
+    prices = Prices(options.price_in or 0.0, options.price_out or 0.0)
+    folder = options.cache or default_cache or cache_folder() / "replies"
+    return ChatClient(
+        endpoint,
+        ReplyCache(folder, writable=not options.dry_run, log=log),
+        Budget(prices, options.max_cost_usd, options.max_total_tokens),
+        Limits(options.concurrency, options.requests_per_minute, options.tokens_per_minute),
+        RetryPolicy(options.max_tries),
+        log,
+    )
+
+
+def _check(options: ClientOptions) -> None:
+    """Raises ConfigError that names all that is missing."""
+    problems = []
+    if not options.model:
+        problems.append("no model is named: give --model")
+    unpriced = [name for name, price in (("--price-in", options.price_in), ("--price-out", options.price_out))
+                if price is None]
+    if options.max_cost_usd is not None and unpriced:
+        problems.append(
+            f"--max-cost {options.max_cost_usd:g} cannot be held without {' and '.join(unpriced)}: give the prices in "
+            "USD for a million tokens, or cap tokens by --max-total-tokens"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
