@@ -16,7 +16,14 @@ from typing import Any
 import click
 
 from llava_ds.config import RunConfig, load_recipe, resolve_micro_batch, resolve_prepared
-from llava_ds.distributed import Ranks, apply_launcher_environment, flush_and_exit, run_on_main_alone, run_on_main_first
+from llava_ds.distributed import (
+    Ranks,
+    apply_launcher_environment,
+    flush_and_exit,
+    run_on_main_alone,
+    run_on_main_first,
+    select_device,
+)
 from llava_ds.engine.preemption import EXIT_STOPPED, StopNotice, StopRequested
 from llava_ds.engine.start_report import StartReport
 from llava_ds.errors import BackendUnavailableError, CheckpointError, ConfigError, DataError
@@ -98,7 +105,6 @@ def run(
         build_trackers,
         load_weights,
         resolve_backends,
-        select_device,
     )
     from llava_ds.engine.training_state import Progress
     from llava_ds.metrics.trackers import check_trackers
