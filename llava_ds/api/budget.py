@@ -22,7 +22,11 @@ class Prices:
 
 @dataclass(frozen=True)
 class Budget:
-    """Caps on what one run of a client pays; None is no cap. Replies out of the cache are free."""
+    """Caps on what one client pays; None is no cap. Replies out of the cache are free.
+
+    A call counts with its bound (a token of each byte, all of ``max_tokens``) until its reply says what it took, and
+    for good where the reply was lost on the way: it may have been paid.
+    """
 
     prices: Prices = Prices()
     max_cost_usd: float | None = None

@@ -102,8 +102,8 @@ class Caller:
             received = self._connection.send(request)
             reply = received.reply
             paid = Tokens(reply.prompt_tokens, reply.completion_tokens)
-            self._cache.put(request, reply, self._endpoint.public_url)
             self._report.count_paid(reply, received.is_estimated)
+            self._cache.put(request, reply, self._endpoint.public_url)
             return reply
         except Fault as fault:
             paid = fault.paid or (worst if fault.may_be_paid else _NOTHING)

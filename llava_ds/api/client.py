@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import closing
 from functools import partial
 
@@ -29,7 +29,7 @@ _GRACE_S = 10.0
 
 
 class ChatClient:
-    """A client of one endpoint; a context manager that lets the cache go at its end."""
+    """A client of one endpoint; a context manager that ends what is asked, and lets the cache go."""
 
     def __init__(
         self,
@@ -43,6 +43,7 @@ class ChatClient:
         self.endpoint, self.cache, self.budget, self.limits, self.retries = endpoint, cache, budget, limits, retries
         self.report = ApiReport(budget.prices)
         self._account, self._pace, self._log = Account(budget), Pace(limits), log
+        self._runs: list[Generator[Outcome]] = []
 
     def __enter__(self) -> ChatClient:
         return self
@@ -51,7 +52,9 @@ class ChatClient:
         self.close()
 
     def close(self) -> None:
-        """Lets the cache go."""
+        """Ends what is asked, keeping what is in flight, and lets the cache go."""
+        for run in self._runs:  # one may be left behind by an exception in the loop over its outcomes
+            run.close()
         self.cache.close()
 
     def ask(
@@ -69,6 +72,12 @@ class ChatClient:
         """
         if not self.cache.writable:
             raise ConfigError(f"{self.cache.folder} was opened for a dry run, which asks nothing; leave out --dry-run")
+        self._runs.append(self._ask(requests, check, max_attempts))
+        return self._runs[-1]
+
+    def _ask(
+        self, requests: Iterable[ChatRequest], check: Check | None, max_attempts: int
+    ) -> Generator[Outcome]:
         stop = threading.Event()
         total = len(requests) if isinstance(requests, Sized) else None
         interval_s = 0.5 if sys.stderr.isatty() else 10.0

@@ -66,8 +66,8 @@ class Connection:
     def _raise_fault(self, error: openai.APIError) -> NoReturn:
         # ``from None``: the errors below hold the request, and with it the key.
         if isinstance(error, self._openai.APIStatusError):
-            code = error.code or error.type
-            raise http_fault(error.status_code, code, self._describe(error.message), error.response.headers) from None
+            names, detail = (error.code, error.type), self._describe(error.message)
+            raise http_fault(error.status_code, names, detail, error.response.headers) from None
         cause = error.__cause__
         reached = type(cause).__name__ not in _NOT_REACHED
         if isinstance(error, self._openai.APITimeoutError) and reached:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
@@ -40,10 +40,10 @@ class NoReply(Exception):
     """A request gets no reply; the text is the outcome's problem."""
 
 
-def http_fault(status: int, code: str | None, detail: str, headers: Mapping[str, str]) -> Fault:
-    """The fault that an HTTP status other than 2xx is. ``code`` is the endpoint's own word for it."""
+def http_fault(status: int, names: Collection[str | None], detail: str, headers: Mapping[str, str]) -> Fault:
+    """The fault that an HTTP status other than 2xx is. ``names`` are the endpoint's own words for it."""
     ends: Ends = "request"
-    if status in _WRONG_ENDPOINT or code == "insufficient_quota":
+    if status in _WRONG_ENDPOINT or "insufficient_quota" in names:
         ends = "run"
     elif status in _RETRYABLE or status >= 500:
         ends = "try"

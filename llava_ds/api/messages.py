@@ -29,7 +29,8 @@ class ChatRequest:
     ``id`` names it in reports and errors; it is neither sent nor part of the key. ``attempt`` asks the same again: it
     is part of the key and not sent, except that a given ``seed`` is sent as ``seed + attempt``. ``extra_body`` holds
     JSON values that go beside the fields above or in their place, e.g. ``{"grammar": "..."}``; None leaves a field out,
-    as in ``{"max_tokens": None, "max_completion_tokens": 512}``.
+    as in ``{"max_tokens": None, "max_completion_tokens": 512}``. Repeats of a question differ in their seed: attempts
+    are what a client counts on from ``attempt`` when a reply is refused, and would meet those of another repeat.
 
     Raises ConfigError when ``extra_body`` names a field that is the client's own.
     """
@@ -94,8 +95,8 @@ class Outcome:
     """What became of one request.
 
     ``request`` is the last one asked: its ``attempt`` says how often. ``reply`` is the accepted one, or None, and then
-    ``problem`` says why: ``budget``, ``gave up: http_500 ...``, ``rejected: <reason>``. ``rejected`` holds the replies
-    that the check refused, each with its reason.
+    ``problem`` says why: ``budget``; ``gave up: http_500: ...`` of the last try; ``refused: http_400: ...`` by the
+    endpoint; ``rejected: <reason>`` by the check. ``rejected`` holds the replies that the check refused, with reasons.
     """
 
     request: ChatRequest

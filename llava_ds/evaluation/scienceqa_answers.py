@@ -55,6 +55,7 @@ _SPEAKER = _pattern(r"[#\s]*(?:assistant|gpt)\s*:")
 _STOP = _pattern(r"(?:(?:</s>|<\|im_end\|>|###)\s*){1,9}$")
 
 _LETTER = _pattern(r"[\s(\[{\"'*_$]*(?<![a-z0-9])(?P<letter>[a-z])(?![a-z0-9])(?P<close>[)\]}\"'*_$]*)")
+_NO_WORDS = frozenset(LETTERS) - set("AI")
 _BRACKETED = _pattern(r"[(\[{*][a-z][)\]}*]")
 # What may follow a letter, but no article: the end, punctuation, a reason.
 _END = _pattern(r"\s*$|[ \t]*\n|[.,;:!]+(?=[\s)\]}\"'*_]|$)|\s+[-–—]\s|,?\s+(?:because|since|as)\b")
@@ -69,25 +70,29 @@ _SAYS = (
 _CHOOSES = r"I(?:['’]d|['’]ll|\s+would|\s+will)?\s+(?:choose|pick|select|go\s+with)\s+(?:(?:option|choice|letter)\s+)?"
 _CUE = _pattern(rf"\b(?:{_SAYS}|{_CHOOSES})|\\boxed(?={{)")
 _IS_CORRECT = _pattern(
-    r"(?:^|[.!?\n:][ \t]*|\b(?:option|choice|answer|so|thus|therefore|hence),?\s+)[(\[*]*(?P<letter>[a-z])[)\]*]*\s+is\s+"
+    r"(?:^|[.!?\n:][ \t]*|\b(?:option|choice|answer|so|thus|therefore|hence),?\s+)"
+    r"[(\[*]*(?P<letter>[a-z])[)\]*]*\s+is\s+"
     rf"(?:definitely\s+|clearly\s+)?(?:correct\b|(?:the\s+){_KIND}\s+(?:answer|option|choice)\b|the\s+answer\b)"
 )
 _LEAD = _pattern(r"\s*(?:(?:it\s+is|it['’]s|option|choice|letter|answer)\s+(?=\W*[a-z]\W*$))?")
 _OPTION = re.compile(
-    r"[(\[](?P<bracketed>[A-Za-z])[)\]]|^[ \t]*(?P<first>[A-Za-z])(?:[.):](?=\s)|[ \t]*$)|\b(?P<inner>[A-Z])[.):]\s", re.M
+    r"[(\[](?P<bracketed>[A-Za-z])[)\]]|^[ \t]*(?P<first>[A-Za-z])(?:[.):](?=\s)|[ \t]*$)|\b(?P<inner>[A-Z])[.):]\s",
+    re.MULTILINE,
 )
 
 _FILLER = rf"(?:think|believe|say|sure|certain|know|mean|that|is|the|an?|my|{_KIND})"
 _DENIED_BEFORE = _pattern(
     rf"(?:n['’]t|\b(?:not|never|cannot|if|whether|doubt|unlikely|wrong|incorrect|other|another))(?:\s+{_FILLER})*\s+$"
 )
-_DENIED_AFTER = _pattern(r"[\W_]*\b(?:is|was|would\s+be|can)\s*(?:not\b|n['’]t\b|wrong\b|incorrect\b|false\b)")
+_DENIAL = r"\b(?:is|was|would\s+be|can)\s*(?:not\b|n['’]t\b|wrong\b|incorrect\b|false\b)"
+_DENIED_AFTER = _pattern(rf"[\W_]*{_DENIAL}")
 _CONCLUDES = _pattern(
     rf"(?:\b(?:so|therefore|thus|hence|finally|in\s+conclusion),?\s+(?:(?:the|my)\s+)?|\bfinal\s+)(?:{_KIND}\s+)*$"
 )
 
-_CHOICE_END = r"[.!?\"')*]*(?:\s*$|[ \t]*\n|,?\s+(?:because|since)\b)|[.!;][\"')*]*\s"
-_WHOLE_END = r"[.!?\"')*\s]*$"
+_CHOICE_END = _pattern(rf"[.!?\"')*]*(?:\s*$|[ \t]*\n|,?\s+(?:because|since)\b)|[.!;][\"')*]*\s(?!\s*{_DENIAL})")
+_WHOLE_END = _pattern(r"[.!?\"')*\s]*$|,?\s+(?:because|since)\b")
+_NO_TEXT = _pattern("[a-z]?")  # a choice that is a letter cannot be told from the name of one
 _OFFICIAL = re.compile(r"The answer is ([A-Z]).")
 
 
@@ -116,13 +121,16 @@ def _decide(statements: Sequence[_Statement], num_choices: int) -> Answer:
 def _state_letters(text: str, choices: Sequence[str], num_choices: int) -> list[_Statement]:
     """In the order of the text."""
     statements = []
-    for cue in _cues(text):
+    for cue in _not_denied(_CUE, text):
         letters, end = _letters_at(text, cue.end())
+        named = _choice_after(text, cue.end(), choices) if letters else None
+        if named is not None:
+            letters = {named}  # no letter: "the answer is T. rex"
         if letters and not _DENIED_AFTER.match(text, end):
-            concludes = bool(_CONCLUDES.search(text, *_before(cue)))
-            statements.append(_Statement(cue.start(), letters | _text_beside(text, end, letters, choices), concludes))
-    for found in _IS_CORRECT.finditer(text):
-        statements.append(_Statement(found.start(), {LETTERS.index(found["letter"].upper())}))
+            letters = letters | _text_beside(text, end, letters, choices)
+            statements.append(_Statement(cue.start(), letters, _concludes(text, cue)))
+    for found in _not_denied(_IS_CORRECT, text):
+        statements.append(_Statement(found.start(), {_index(found["letter"])}))
     label = _label(text, choices)
     listed = label | _labels_of_choices(text, choices, num_choices) if label else set()
     if label and (len(listed) == len(label) or not statements):
@@ -131,20 +139,20 @@ def _state_letters(text: str, choices: Sequence[str], num_choices: int) -> list[
 
 
 def _state_texts(text: str, choices: Sequence[str]) -> list[_Statement]:
-    found = [(cue, _choice_at(_after(text, cue.end(), choices), choices, _CHOICE_END)) for cue in _cues(text)]
-    return [
-        _Statement(cue.start(), {choice}, bool(_CONCLUDES.search(text, *_before(cue))))
-        for cue, choice in found
-        if choice is not None
-    ]
+    found = [(cue, _choice_after(text, cue.end(), choices)) for cue in _not_denied(_CUE, text)]
+    return [_Statement(cue.start(), {choice}, _concludes(text, cue)) for cue, choice in found if choice is not None]
 
 
-def _cues(text: str) -> list[re.Match[str]]:
-    """Where an answer is announced, and not denied."""
-    return [cue for cue in _CUE.finditer(text) if not _DENIED_BEFORE.search(text, *_before(cue))]
+def _not_denied(pattern: re.Pattern[str], text: str) -> list[re.Match[str]]:
+    return [found for found in pattern.finditer(text) if not _DENIED_BEFORE.search(text, *_before(found))]
+
+
+def _concludes(text: str, cue: re.Match[str]) -> bool:
+    return bool(_CONCLUDES.search(text, *_before(cue)))
 
 
 def _before(cue: re.Match[str]) -> tuple[int, int]:
+    """Where the words stand that say whether it is meant."""
     return max(0, cue.start() - 80), cue.start()
 
 
@@ -152,7 +160,7 @@ def _label(text: str, choices: Sequence[str]) -> set[int]:
     """The letters that begin an answer, with what another choice's text beside them says."""
     lead = _LEAD.match(text)
     letters, end = _letters_at(text, lead.end() if lead else 0, before_words=False)
-    if text[:2].upper() == "A:" and _choice_at(_after(text, 2, choices), choices, _CHOICE_END) != 0:
+    if text[:2].upper() == "A:" and _choice_after(text, 2, choices) != 0:
         return set()  # it may say who speaks
     return letters | _text_beside(text, end, letters, choices) if letters else set()
 
@@ -161,8 +169,8 @@ def _labels_of_choices(text: str, choices: Sequence[str], num_choices: int) -> s
     """Letters that name options: "(B)", "B." at the start of a line, or elsewhere before the choice's text."""
     labels = set()
     for found in _OPTION.finditer(text):
-        index = LETTERS.index((found["bracketed"] or found["first"] or found["inner"]).upper())
-        if index < num_choices and (not found["inner"] or _choice_at(_after(text, found.end(), choices), choices, _CHOICE_END) == index):
+        index = _index(found["bracketed"] or found["first"] or found["inner"])
+        if index < num_choices and (not found["inner"] or _choice_after(text, found.end(), choices) == index):
             labels.add(index)
     return labels
 
@@ -176,11 +184,12 @@ def _letters_at(text: str, start: int, before_words: bool = True) -> tuple[set[i
     end, joined = start, ""
     while found := _LETTER.match(text, end):
         join = _JOIN.match(text, found.end())
-        certain = joined not in ("", ",") or join or _END.match(text, found.end()) or ")" in found["close"] or _BRACKETED.search(found[0])
-        word = before_words and found["letter"] in "BCDEFGHJKLMNOPQRSTUVWXYZ" and text[found.end() :][:1].isspace()
-        if not (certain or word):
+        in_list = join or joined not in ("", ",")
+        closed = ")" in found["close"] or _BRACKETED.search(found[0]) or _END.match(text, found.end())
+        word = before_words and found["letter"] in _NO_WORDS and text[found.end() : found.end() + 1].isspace()
+        if not (in_list or closed or word):
             break
-        letters.add(LETTERS.index(found["letter"].upper()))
+        letters.add(_index(found["letter"]))
         end = found.end()
         if not join:
             break
@@ -188,25 +197,32 @@ def _letters_at(text: str, start: int, before_words: bool = True) -> tuple[set[i
     return letters, end
 
 
+def _index(letter: str) -> int:
+    return LETTERS.index(letter.upper())
+
+
 def _text_beside(text: str, end: int, letters: set[int], choices: Sequence[str]) -> set[int]:
     """The choice whose text stands right after its letter."""
-    rest = _after(text, end, choices).lstrip(".:,;)-–— \t\n")
-    beside = _choice_at(rest, choices, _CHOICE_END) if len(letters) == 1 else None
+    beside = _choice_after(text, end, choices, skip=".:,;)-–— \t\n") if len(letters) == 1 else None
     return set() if beside is None else {beside}
 
 
-def _after(text: str, start: int, choices: Sequence[str]) -> str:
-    """What may hold a choice's text: a part, so that a long answer does not take its length squared."""
-    return text[start : start + 2 * max(map(len, choices), default=0) + 100]
+def _choice_after(text: str, start: int, choices: Sequence[str], skip: str = " ") -> int | None:
+    """The choice whose text stands there, with the end of a sentence after it."""
+    # A part of the text, or long answers would take their length squared.
+    part = text[start : start + 2 * max(map(len, choices), default=0) + 100]
+    return _choice_at(part.lstrip(skip), choices, _CHOICE_END)
 
 
-def _choice_at(text: str, choices: Sequence[str], end: str) -> int | None:
+def _choice_at(text: str, choices: Sequence[str], end: re.Pattern[str]) -> int | None:
     """The one choice whose text ``text`` begins with, followed by ``end``; as it is written, else loosely."""
     for read in (str.strip, _loosely):
         written = read(text)
         names = [read(choice) for choice in choices]
         found = [
-            index for index, name in enumerate(names) if len(name) > 1 and re.match(re.escape(name) + f"(?:{end})", written)
+            index
+            for index, name in enumerate(names)
+            if not _NO_TEXT.fullmatch(name) and written.startswith(name) and end.match(written, len(name))
         ]
         if len(found) == 1:
             return found[0]
@@ -232,5 +248,5 @@ def official_answer(text: str, num_choices: int = MOST_CHOICES) -> Answer:
         stated = _OFFICIAL.findall(text)
     if len(stated) != 1:
         return Answer(-1, SEVERAL_LETTERS if stated else NO_LETTER)
-    index = LETTERS.index(stated[0])
+    index = _index(stated[0])
     return Answer(index) if index < min(num_choices, MOST_CHOICES) else Answer(-1, OUT_OF_RANGE)

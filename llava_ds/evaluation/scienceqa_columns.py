@@ -51,7 +51,7 @@ class Problem:
 def read_problems(problems_file: Path, splits_file: Path, split: str) -> tuple[dict[str, Problem], dict[str, Any]]:
     """The problems of a split by id, in its order; and their records as they stand in the file.
 
-    Raises ConfigError for an unknown split, DataError for a broken file, or one that counts the problems that are wrong.
+    Raises ConfigError for an unknown split, DataError for a broken file, or that counts the problems that are wrong.
     """
     records = read_split(problems_file, splits_file, split)
     problems, wrong = {}, []

@@ -26,9 +26,7 @@ def to_judge(first: Mapping[str, Answer], second: Mapping[str, Answer]) -> list[
     return [pid for pid in first if _given(first[pid]) and _given(second[pid]) and first[pid] != second[pid]]
 
 
-def judge(
-    first: Mapping[str, Answer], second: Mapping[str, Answer], judged: Mapping[str, Answer]
-) -> dict[str, Answer]:
+def judge(first: Mapping[str, Answer], second: Mapping[str, Answer], judged: Mapping[str, Answer]) -> dict[str, Answer]:
     """The judge's answer where there is one, or else the first's, or else the second's."""
     return {
         pid: (_given(judged[pid]) if pid in judged else None) or _given(first[pid]) or _given(second[pid]) or first[pid]

@@ -43,7 +43,8 @@ def read_predictions(file: Path) -> dict[str, Prediction]:
         raise DataError(f"{file}: not UTF-8 text ({error}); {_WANTED}") from error
     predictions: dict[str, Prediction] = {}
     places: dict[str, str] = {}
-    for place, pid, prediction in _read_outputs(text, file) or _read_lines(text, file):
+    outputs = _read_outputs(text, file)
+    for place, pid, prediction in _read_lines(text, file) if outputs is None else outputs:
         if pid in places:
             raise DataError(f"{place}: id {pid!r} stands at {places[pid]} too; keep one of the two")
         places[pid], predictions[pid] = place, prediction

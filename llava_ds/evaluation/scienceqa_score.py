@@ -12,31 +12,30 @@ from llava_ds.evaluation.scienceqa_answers import MISSING, REASONS, Answer, extr
 from llava_ds.evaluation.scienceqa_columns import COLUMNS, Problem
 from llava_ds.evaluation.scienceqa_predictions import Prediction
 
-Answers = dict[str, Answer]
-
 
 def decide(
     predictions: Mapping[str, Prediction], problems: Mapping[str, Problem] | None, official: bool = False
-) -> Answers:
+) -> dict[str, Answer]:
     """The answer to each problem, in their order; of each prediction, where there are no problems.
 
     Raises DataError when the predictions are for none of the problems.
     """
     if problems is None:
-        return {pid: _extract(prediction.text, None, official) for pid, prediction in predictions.items()}
+        return {pid: extract(prediction.text, None, official) for pid, prediction in predictions.items()}
     if not predictions.keys() & problems.keys():
         raise DataError(
             f"none of the {len(predictions)} predictions is for one of the {len(problems)} problems of the split: "
-            f"ids {', '.join(list(predictions)[:3])}, problems {', '.join(list(problems)[:3])}; give the split that they "
-            "are for with --split"
+            f"ids {', '.join(list(predictions)[:3])}, problems {', '.join(list(problems)[:3])}; name the split "
+            "that they are for with --split"
         )
     return {
-        pid: _extract(predictions[pid].text, problem, official) if pid in predictions else Answer(-1, MISSING)
+        pid: extract(predictions[pid].text, problem, official) if pid in predictions else Answer(-1, MISSING)
         for pid, problem in problems.items()
     }
 
 
-def _extract(text: str, problem: Problem | None, official: bool) -> Answer:
+def extract(text: str, problem: Problem | None, official: bool) -> Answer:
+    """By the official rule, or ours."""
     if official:
         return official_answer(text, *([len(problem.choices)] if problem else []))
     return extract_answer(text, problem.choices if problem else None)
@@ -57,17 +56,16 @@ def official_images(predictions: Mapping[str, Prediction], problems: Mapping[str
     return {pid: Problem(problem.choices, problem.answer, columns(pid, problem)) for pid, problem in problems.items()}
 
 
-def summarise(answers: Answers, problems: Mapping[str, Problem] | None) -> dict[str, Any]:
+def summarise(answers: Mapping[str, Answer], problems: Mapping[str, Problem] | None) -> dict[str, Any]:
     """``predictions`` {id: index of the choice or -1}, ``failed`` (how many are -1) and ``failed_by_reason``.
 
-    With the problems also ``correct``, ``total``, ``accuracy`` in percent, and ``by_column`` with the same three of each
-    column; the accuracy of no problems is None. A failed answer is a wrong one.
+    With the problems also ``correct``, ``total``, ``accuracy`` in percent, and ``by_column`` with the same three of
+    each column; the accuracy of no problems is None. A failed answer is a wrong one.
     """
-    reasons = Counter(answer.reason for answer in answers.values() if answer.reason)
     summary = {
         "predictions": {pid: answer.index for pid, answer in answers.items()},
-        "failed": reasons.total(),
-        "failed_by_reason": {reason: reasons[reason] for reason in REASONS},
+        "failed": sum(answer.reason is not None for answer in answers.values()),
+        "failed_by_reason": count_reasons(answers),
     }
     if problems is None:
         return summary
@@ -78,6 +76,12 @@ def summarise(answers: Answers, problems: Mapping[str, Problem] | None) -> dict[
         **summary,
         "by_column": {name: _accuracy(column) for name, column in by_column.items()},
     }
+
+
+def count_reasons(answers: Mapping[str, Answer]) -> dict[str, int]:
+    """How many answers there are not, for each of ``REASONS``."""
+    reasons = Counter(answer.reason for answer in answers.values())
+    return {reason: reasons[reason] for reason in REASONS}
 
 
 def _accuracy(hits: list[bool]) -> dict[str, float | int | None]:

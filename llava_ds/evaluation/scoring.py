@@ -1,4 +1,4 @@
-"""Scores a file of predictions by the rules of its task."""
+"""What a task's scorer is handed, and what it hands back."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Log = Callable[[str], None]
 class ScoreRequest:
     """What ``tools/score`` is asked for.
 
-    ``second`` holds the predictions of a text-only model; ``ask`` completes that file through ``endpoint`` first, each
-    problem after ``num_shots`` solved ones.
+    ``second`` holds the predictions of a text-only model. With ``ask_second`` it is written first: ``endpoint`` is
+    asked every problem, each after ``num_shots`` solved ones.
     """
 
     predictions: Path
@@ -27,14 +27,14 @@ class ScoreRequest:
     official: bool = False
     ensemble: str | None = None
     second: Path | None = None
-    ask: bool = False
+    ask_second: bool = False
     num_shots: int = 2
     endpoint: ClientOptions = field(default_factory=ClientOptions)
 
 
 @dataclass(frozen=True)
 class Score:
-    """``report`` goes into a JSON file, ``lines`` onto the terminal."""
+    """``report`` is for a JSON file, None where nothing was scored (a dry run); ``lines`` are for the terminal."""
 
-    report: dict[str, Any]
+    report: dict[str, Any] | None
     lines: list[str]

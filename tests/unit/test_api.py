@@ -393,6 +393,24 @@ def test_leaving_early_keeps_what_was_in_flight(tmp_path):
     assert "ending early" in said[0]
 
 
+def test_an_error_in_the_loop_over_outcomes_loses_nothing(tmp_path):
+    with fault_proxy(echo) as proxy:
+        with pytest.raises(ZeroDivisionError):
+            with make_client(tmp_path, proxy.base_url, log=lambda line: None) as client:
+                outcomes = client.ask(make_request(n) for n in range(1000))
+                for _ in outcomes:
+                    raise ZeroDivisionError
+        cache = ReplyCache(tmp_path, writable=False)
+        assert 0 < len(cache) == proxy.totals()["good"] < 50
+
+
+def test_a_wait_that_is_too_long_is_not_begun(tmp_path):
+    with fault_proxy(echo, fault_frac=1, faults=["http_429"]) as proxy:
+        with make_client(tmp_path, proxy.base_url, retries=RetryPolicy(max_total_wait_s=0.0)) as client:
+            (outcome,) = client.ask([make_request()])
+    assert outcome.problem.startswith("gave up: http_429: ") and outcome.problem.endswith("(try 1)")
+
+
 def test_a_dry_run_counts_and_asks_nothing(tmp_path):
     requests = [make_request(n % 5) for n in range(20)]
     cache = ReplyCache(tmp_path)
@@ -406,4 +424,4 @@ def test_a_dry_run_counts_and_asks_nothing(tmp_path):
     assert found.summary().startswith("5 calls, 1 of them in the cache")
     client = ChatClient(Endpoint("http://127.0.0.1:9/v1"), cache, Budget(), Limits(), QUICK)
     with pytest.raises(ConfigError, match="dry run"):
-        next(client.ask(requests))
+        client.ask(requests)

@@ -136,8 +136,8 @@ def read_split(problems_file: Path, splits_file: Path, split: str) -> dict[str, 
     missing = [pid for pid in pids if pid not in problems]
     if missing:
         raise DataError(
-            f"{problems_file}: lacks {len(missing)} of the {len(pids)} problems of split {split!r} of {splits_file}, the "
-            f"first: {', '.join(missing[:5])}; take both files from one release"
+            f"{problems_file}: lacks {len(missing)} of the {len(pids)} problems of {split!r} in {splits_file}: "
+            f"{', '.join(missing[:5])}; take both files from one release"
         )
     return {pid: problems[pid] for pid in pids}
 
