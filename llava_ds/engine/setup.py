@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,7 +27,7 @@ from llava_ds.engine.saving import SavePolicy, Saver
 from llava_ds.engine.start_report import StartReport
 from llava_ds.engine.training_state import Progress
 from llava_ds.engine.watchdog import UnwatchedGuard, Watchdog
-from llava_ds.errors import BackendUnavailableError, ConfigError
+from llava_ds.errors import ConfigError
 from llava_ds.metrics.trackers import EXTRA_TRACKERS, JsonlTracker, ProgressBar
 from llava_ds.models.build import DTYPES, Backend, resolve_attention, resolve_packing, resolve_splice
 

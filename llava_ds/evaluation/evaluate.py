@@ -30,7 +30,7 @@ class EvaluationRequest:
 
     checkpoint: Path
     task: str
-    data: Path | None
+    data: Path
     image_root: Path | None = None
     split: str = "test"
     prompt_format: str = "QCM-LEA"
@@ -68,8 +68,8 @@ def _quickstart_score(
 def _scienceqa_score(
     request: EvaluationRequest, _questions: Sequence[Question], _answers: Sequence[str], log: Log
 ) -> Score:
-    files = {"problems": request.data / "problems.json", "splits": request.data / "pid_splits.json"}
-    return score_scienceqa(ScoreRequest(_file_of(request), **files, split=request.split), log)
+    problems, splits = (request.data / name for name in ("problems.json", "pid_splits.json"))
+    return score_scienceqa(ScoreRequest(_file_of(request), problems, splits, request.split), log)
 
 
 def _llava_bench_score(
@@ -92,29 +92,28 @@ def _llava_bench_record(question: Question, answer: str, model: str) -> dict[str
 
 TASKS = {
     "quickstart": Task(
-        lambda request: exact_match.read_questions(request.data, request.image_root),
+        lambda asked: exact_match.read_questions(asked.data, asked.image_root),
         _plain_record, _quickstart_score, exact_match.MAX_NEW_TOKENS, needs_file=False,
     ),
     "scienceqa": Task(
-        lambda request: scienceqa_questions.read_questions(
-            request.data, request.image_root, request.split, request.prompt_format, request.directly, request.image_first
+        lambda asked: scienceqa_questions.read_questions(
+            asked.data, asked.image_root, asked.split, asked.prompt_format, asked.directly, asked.image_first
         ),
         _plain_record, _scienceqa_score, scienceqa_questions.MAX_NEW_TOKENS,
     ),
     "llava_bench": Task(
-        lambda request: llava_bench_questions.read_questions(request.data, request.image_root),
+        lambda asked: llava_bench_questions.read_questions(asked.data, asked.image_root),
         _llava_bench_record, _llava_bench_score, llava_bench_questions.MAX_NEW_TOKENS,
     ),
 }
 
 
-def check_request(request: EvaluationRequest) -> None:
+def check_options(task: str, data: Path | None, predictions: Path | None) -> None:
     """Raises ConfigError that lists what the task needs besides."""
-    task = TASKS[request.task]
-    lacking = ["--predictions FILE.jsonl, where its answers go"] if task.needs_file and not request.predictions else []
-    lacking += ["--data FILE, its questions"] if request.task == "llava_bench" and not request.data else []
+    lacking = ["--data FILE, its questions"] if task == "llava_bench" and not data else []
+    lacking += ["--predictions FILE.jsonl, where its answers go"] if TASKS[task].needs_file and not predictions else []
     if lacking:
-        raise ConfigError(f"--task {request.task} needs " + " and ".join(lacking))
+        raise ConfigError(f"--task {task} needs " + " and ".join(lacking))
 
 
 def evaluate(request: EvaluationRequest, ranks: Ranks, log: Log) -> Score | None:
@@ -123,7 +122,6 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, log: Log) -> Score | None
     Raises CheckpointError, ConfigError or DataError, of bad input before a model is loaded.
     """
     task = TASKS[request.task]
-    check_request(request)
     identity = identify_checkpoint(request.checkpoint)
     questions = run_on_main_first(ranks, partial(task.read, request))
     sampling = replace(request.sampling, max_new_tokens=request.max_new_tokens or task.max_new_tokens)
@@ -167,5 +165,5 @@ def _open_session(request: EvaluationRequest, ranks: Ranks) -> Session:
 
 def _file_of(request: EvaluationRequest) -> Path:
     if request.predictions is None:
-        raise ConfigError(f"--task {request.task} needs --predictions FILE.jsonl, where its answers go")
+        raise ConfigError(f"--task {request.task} needs a file of predictions")
     return request.predictions

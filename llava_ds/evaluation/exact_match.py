@@ -24,10 +24,9 @@ def read_questions(path: Path, image_root: Path | None = None) -> list[Question]
     Raises DataError that names the file and the record, or lists the first missing images and counts them all.
     """
     records = read_json_list(path, f"a JSON list of questions {{{', '.join(_KEYS)}}}")
-    questions = [_parse(record, f"{path}[{number}]", image_root or path.parent) for number, record in enumerate(records)]
-    check_questions(
-        questions, path, "Fix the paths, or give the folder that they start from with --image-root."
-    )
+    root = image_root or path.parent
+    questions = [_parse(record, f"{path}[{number}]", root) for number, record in enumerate(records)]
+    check_questions(questions, path, "Fix the paths, or give the folder that they start from with --image-root.")
     return questions
 
 

@@ -1,8 +1,8 @@
 """A model's answers to questions: in batches, shared between ranks, kept as they come.
 
-Every rank has a whole model. The questions that have no answer yet are sorted by length, longest first, and dealt to the
-ranks in turn: batches are padded little, ranks have alike to do, and too little memory shows at the beginning. The ranks
-exchange nothing until all have answered; that wait has no time-out (see ``gather_objects``).
+Every rank has a whole model. The questions that have no answer yet are sorted by length, longest first, and dealt to
+the ranks in turn: batches are padded little, ranks have alike to do, and too little memory shows at the beginning. The
+ranks exchange nothing until all have answered; that wait is as long as it takes (see ``gather_objects``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from llava_ds.evaluation.questions import Question
 from llava_ds.inference.session import Sampling, Session
 
 Log = Callable[[str], None]
+ALONE = Ranks(0, 0, 1)
 
 
 def predict(
@@ -25,7 +26,7 @@ def predict(
     open_session: Callable[[], Session],
     sampling: Sampling,
     batch_size: int,
-    ranks: Ranks = Ranks(0, 0, 1),
+    ranks: Ranks = ALONE,
     kept: PredictionFile | None = None,
     log: Log = lambda _: None,
 ) -> list[str]:

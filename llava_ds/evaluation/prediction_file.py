@@ -44,9 +44,10 @@ class PredictionFile:
         return answers
 
     def _check_settings(self) -> None:
-        advice = f"give another file, or remove {self.file}, {self._settings_file.name} and {self._parts.name}"
+        settings = self._settings_file.name
+        advice = f"give another file, or remove {self.file}, {settings} and {self._parts.name}"
         if not self._settings_file.is_file():
-            raise ConfigError(f"{self.file} holds answers already, and no {self._settings_file.name} says of what; {advice}")
+            raise ConfigError(f"{self.file}: there are answers already, but no {settings} says of what; {advice}")
         there = json.loads(self._settings_file.read_text())
         differing = [
             f"  {key}: {there.get(key)} there, {self.settings.get(key)} now"

@@ -84,8 +84,8 @@ class Session:
     ) -> list[str]:
         """One answer for each conversation; prompts are padded on the left.
 
-        Where answers are drawn, each depends on ``sampling.seed`` and the conversation's id (its number by default), not
-        on the others.
+        Where answers are drawn, each depends on ``sampling.seed`` and its conversation's id (by default its number),
+        on no other conversation.
 
         Raises DataError when the placeholders do not match the images, or an image does not decode.
         """

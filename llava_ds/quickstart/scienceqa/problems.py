@@ -1,7 +1,7 @@
-"""Problems with ScienceQA's fields about the quickstart's concepts: three subjects, with a picture, a text, or neither.
+"""Problems with ScienceQA's fields about the quickstart's concepts, in three subjects, with a picture, a text, or none.
 
-Every kind of problem is a function of (random numbers, concepts, a way to draw one). Solutions name the right choice, so
-that a small LLM has a reason to look for it among the options.
+Every kind of problem is a function of (random numbers, concepts, a way to draw one). Solutions name the right choice,
+so that a small LLM has a reason to look for it among the options.
 """
 
 from __future__ import annotations
