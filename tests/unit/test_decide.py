@@ -151,6 +151,20 @@ def test_a_batch_script_ends_its_own_start_whatever_began_since(tmp_path):
     assert list_starts(tmp_path)[1].end is None
 
 
+def test_a_start_that_was_cut_off_does_not_end_as_the_one_that_finished_elsewhere(tmp_path):
+    """Its batch script lives on behind the cut, and goes on when the run is finished."""
+    note_failure(begin(tmp_path, _environ("7")), Failure(0, "Hang", "rank 1 is gone", step=25))
+    begin(tmp_path, _environ("7", 1))
+    _save(tmp_path, 90)
+    (tmp_path / FINISHED_MARKER).write_text("")
+    first, second = list_starts(tmp_path)
+    ended = end(tmp_path, first, 137, {}, left_to_slurm=True)
+    assert (ended.reason, ended.decision, ended.message, ended.step) == ("hung", None, "rank 1 is gone", 25)
+    write_end(second.folder, End("finished"))
+    ended = end(tmp_path, second, 0, {}, left_to_slurm=True)  # cancelled after its last step
+    assert (ended.reason, ended.decision) == ("finished", "done")
+
+
 def test_a_job_that_has_to_stop_is_not_started_by_a_requeue_of_others(tmp_path):
     for restart in range(2):
         note_failure(begin(tmp_path, _environ("7", restart)), Failure(0, "Killed", "killed by signal 9"))
