@@ -69,8 +69,8 @@ done
 true
 """
 
-# MessageTimeout is long because an order to end a job that a busy node answers too late is sent again a minute later, and
-# ends the job's next start there.
+# MessageTimeout is long because an order to end a job that a busy node answers too late is sent again a minute later,
+# and ends the job's next start there.
 SLURM_CONF = """\
 ClusterName=tests
 SlurmctldHost=ctl({subnet}.254)
