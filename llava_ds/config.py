@@ -166,7 +166,7 @@ class RunConfig(_Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
     """Also names the default run folder, so it cannot be ``.`` or ``..``."""
     seed: int = Field(0, ge=0)
-    prepare: Literal["quickstart"] | None = None
+    prepare: Literal["quickstart", "quickstart_scienceqa"] | None = None
     """Data and models that are built first; ``{prepared}`` in a string stands for their folder."""
     next_command: str | None = None
     """Printed at the end of the run; ``{run_dir}`` stands for its folder, quoted for the shell."""

@@ -16,10 +16,18 @@ from typing import Any
 import click
 
 from llava_ds.config import RunConfig, load_recipe, resolve_micro_batch, resolve_prepared
-from llava_ds.distributed import Ranks, apply_launcher_environment, flush_and_exit, run_on_main_alone, run_on_main_first
+from llava_ds.distributed import (
+    Ranks,
+    apply_launcher_environment,
+    flush_and_exit,
+    run_on_main_alone,
+    run_on_main_first,
+    select_device,
+)
 from llava_ds.engine.preemption import EXIT_STOPPED, StopNotice, StopRequested
 from llava_ds.engine.start_report import StartReport
 from llava_ds.errors import BackendUnavailableError, CheckpointError, ConfigError, DataError
+from llava_ds.preparations import prepare_named
 from llava_ds.starts import End
 
 
@@ -97,7 +105,6 @@ def run(
         build_trackers,
         load_weights,
         resolve_backends,
-        select_device,
     )
     from llava_ds.engine.training_state import Progress
     from llava_ds.metrics.trackers import check_trackers
@@ -113,7 +120,7 @@ def run(
     device = select_device(ranks)
     backend.init_distributed(device)
     if config.prepare:
-        config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, ranks)))
+        config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, config.prepare, ranks)))
     check_inputs(config)
     backends = resolve_backends(config, device, ranks)
     point = resume_point(run_dir, resume, config, backends["packing"].name, ranks)
@@ -173,10 +180,8 @@ def run(
     del partitioned, lock
 
 
-def _prepare(ranks: Ranks) -> Path:
-    from llava_ds.quickstart.prepare import prepare
-
-    return prepare(log=print if ranks.is_main else _silent)
+def _prepare(name: str, ranks: Ranks) -> Path:
+    return prepare_named(name, log=print if ranks.is_main else _silent)
 
 
 def _silent(*_: Any) -> None:

@@ -284,11 +284,24 @@ llava_require() { # run folder that needs it, file, what it says
 }
 
 llava_step() { # file that is there when it is done, command...: one task on one node
-  local marker=$1
-  shift
   _llava_environment
+  _llava_step "$1" --nodes=1 --ntasks=1 -- "${@:2}"
+}
+
+llava_step_on_all() { # the same, a task for each rank of the job
+  _llava_environment
+  _llava_layout
+  _llava_step "$1" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$LLAVA_RANKS" --ntasks-per-node="$LLAVA_TASKS" \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --kill-on-bad-exit=1 -- "${@:2}"
+}
+
+_llava_step() { # marker, options of srun..., --, command...
+  local marker=$1 options=()
+  shift
+  while [ "$1" != -- ]; do options+=("$1"); shift; done
+  shift
   [ ! -e "$marker" ] || { echo "$marker is there already"; exit 0; }
-  srun --nodes=1 --ntasks=1 --export=ALL ${LLAVA_CONTAINED[@]+"${LLAVA_CONTAINED[@]}"} "$@" &
+  srun "${options[@]}" --export=ALL ${LLAVA_CONTAINED[@]+"${LLAVA_CONTAINED[@]}"} "$@" &
   while kill -0 $! 2>/dev/null; do wait $!; done
   # It can be done again from its beginning, as its marker is written last.
   [ -e "$marker" ] || [ -z "$LLAVA_NOTICED" ] || _llava_requeue

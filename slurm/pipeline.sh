@@ -23,5 +23,5 @@ after generate "${one[@]}" LLAVA_GPUS_PER_NODE="${LLAVA_GPUS_OF_SMALL_JOBS-}"
 after stage1 LLAVA_CHAIN=1
 after stage2
 after merge "${one[@]}" LLAVA_GPUS_PER_NODE="${LLAVA_GPUS_OF_SMALL_JOBS-}"
-after evaluate "${one[@]}" LLAVA_GPUS_PER_NODE="${LLAVA_GPUS_PER_NODE:+1}"
+after evaluate
 echo "tools/jobs $LLAVA_RUNS shows how they go"

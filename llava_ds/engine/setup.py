@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,28 +27,9 @@ from llava_ds.engine.saving import SavePolicy, Saver
 from llava_ds.engine.start_report import StartReport
 from llava_ds.engine.training_state import Progress
 from llava_ds.engine.watchdog import UnwatchedGuard, Watchdog
-from llava_ds.errors import BackendUnavailableError, ConfigError
+from llava_ds.errors import ConfigError
 from llava_ds.metrics.trackers import EXTRA_TRACKERS, JsonlTracker, ProgressBar
 from llava_ds.models.build import DTYPES, Backend, resolve_attention, resolve_packing, resolve_splice
-
-
-def select_device(ranks: Ranks) -> torch.device:
-    """This rank's GPU, or the CPU where there is none (or ``DS_ACCELERATOR=cpu`` asks for it).
-
-    Raises BackendUnavailableError, on the ranks that have none, when a machine has more ranks than GPUs.
-    """
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    # Slurm may bind each rank to one GPU (--gpus-per-task=1), which is number 0 there.
-    num_devices = torch.cuda.device_count()
-    index = 0 if num_devices == 1 else ranks.local_rank
-    if index >= num_devices:
-        raise BackendUnavailableError(
-            f"rank {ranks.rank} is number {ranks.local_rank} of its machine, which shows it {num_devices} GPUs "
-            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}).\n  Start as many ranks as GPUs."
-        )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
 
 
 def load_weights(
