@@ -73,8 +73,8 @@ def world(tmp_path_factory) -> Path:
         "number": "7",
         "without_answer": json.dumps([good, {key: good[key] for key in good if key != "answer"}]),
         "answer_is_2": json.dumps([good | {"answer": 2}]),
-        "image_is_missing": json.dumps([good, good | {"image": "none.png"}]),
-        "image_is_broken": json.dumps([good, good | {"image": "broken.png"}]),
+        "image_is_missing": json.dumps([good, good | {"id": "r", "image": "none.png"}]),
+        "image_is_broken": json.dumps([good, good | {"id": "r", "image": "broken.png"}]),
         "two_images": json.dumps([good | {"question": "<image><image>"}]),
     }
     for name, text in files.items():
