@@ -203,7 +203,8 @@ class Cluster:
                 self.boot(node)
             self.heal(node)
             if {"DOWN", "DRAIN", "FAIL"} & set(self.node_states(node)):
-                self.resume(node)
+                with contextlib.suppress(ClusterError):  # it came back by itself meanwhile
+                    self.resume(node)
         self.wait_for(self._has_no_jobs, seconds, "no job in the queue")
         for node in self.nodes:  # without cgroups Slurm leaves a job's background processes alone
             self.run_on(node, "bash", "-c", KILL_STRAYS)
