@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from llava_ds.checkpoint.merge import merge
-from llava_ds.evaluation.exact_match import evaluate, read_questions
-from llava_ds.inference.session import load_session
+from llava_ds.evaluation.exact_match import MAX_NEW_TOKENS, read_questions, score
+from llava_ds.evaluation.predict import predict
+from llava_ds.inference.session import Sampling, load_session
 from tests.helpers.launch import ROOT, clean_environ, run_cases
 from tests.helpers.tiny import write_recipe, write_world
 
@@ -64,10 +65,11 @@ def test_lmms_eval_finds_our_answers(world, options):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     (results,) = out.rglob("*_results.json")
     (samples,) = out.rglob("*_samples_pictures.jsonl")
-    ours = evaluate(load_session(world / "merged"), read_questions(world / "pictures" / "eval.json"),
-                    world / "pictures")
+    questions = read_questions(world / "pictures" / "eval.json")
+    answers = predict(questions, lambda: load_session(world / "merged"), Sampling(MAX_NEW_TOKENS), batch_size=64)
+    ours = score(questions, answers)
     theirs = {line["doc_id"]: line["filtered_resps"] for line in map(json.loads, samples.read_text().splitlines())}
     assert [theirs[number].strip() for number in range(6)] == [one["prediction"] for one in ours["records"]]
     assert [one["prediction"] for one in ours["records"]] == list(ANSWERS * 2)
-    score = json.loads(results.read_text())["results"]["pictures"]["exact_match,none"]
-    assert score == pytest.approx(ours["accuracy"]["thing"]) == pytest.approx(5 / 6)
+    accuracy = json.loads(results.read_text())["results"]["pictures"]["exact_match,none"]
+    assert accuracy == pytest.approx(ours["accuracy"]["thing"]) == pytest.approx(5 / 6)
