@@ -13,9 +13,10 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
-from llava_ds.errors import ConfigError
+from llava_ds.errors import BackendUnavailableError, ConfigError
 
 T = TypeVar("T")
 
@@ -74,6 +75,38 @@ def apply_launcher_environment(environ: MutableMapping[str, str]) -> Ranks:
     return Ranks(int(environ["RANK"]), int(environ["LOCAL_RANK"]), int(environ["WORLD_SIZE"]))
 
 
+def join_ranks() -> Ranks:
+    """The ranks of this launch; several meet in a gloo group, in which they exchange objects.
+
+    Raises ConfigError as ``apply_launcher_environment`` does.
+    """
+    environ = dict(os.environ)
+    ranks = apply_launcher_environment(environ)
+    if ranks.world_size > 1:
+        os.environ.update(environ)
+        dist.init_process_group("gloo")
+    return ranks
+
+
+def select_device(ranks: Ranks) -> torch.device:
+    """This rank's GPU, or the CPU where there is none (or ``DS_ACCELERATOR=cpu`` asks for it).
+
+    Raises BackendUnavailableError, on the ranks that have none, when a machine has more ranks than GPUs.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Slurm may bind each rank to one GPU (--gpus-per-task=1), which is number 0 there.
+    num_devices = torch.cuda.device_count()
+    index = 0 if num_devices == 1 else ranks.local_rank
+    if index >= num_devices:
+        raise BackendUnavailableError(
+            f"rank {ranks.rank} is number {ranks.local_rank} of its machine, which shows it {num_devices} GPUs "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}).\n  Start as many ranks as GPUs."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
 def run_on_main_first(ranks: Ranks, work: Callable[[], T]) -> T:
     """Runs ``work`` on rank 0 while the others wait, then on the others; an error on any rank reaches all.
 
@@ -130,6 +163,16 @@ def run_on_main_alone(ranks: Ranks, work: Callable[[], T]) -> T | None:
 def run_on_main(ranks: Ranks, work: Callable[[], T]) -> T:
     """Runs ``work`` on rank 0 and gives its result, which must be picklable, to all; an error there reaches all."""
     return gather_objects(ranks, run_on_main_alone(ranks, work))[0]
+
+
+def run_on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """[world_size] what ``work`` gives on every rank, on every rank.
+
+    An error on one rank reaches all, after the others have done their work.
+    """
+    result, error = _attempt(work)
+    _share_failure(ranks, error)
+    return gather_objects(ranks, result)
 
 
 def check_agreement(ranks: Ranks, what: str, value: str) -> None:

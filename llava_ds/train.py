@@ -16,10 +16,18 @@ from typing import Any
 import click
 
 from llava_ds.config import RunConfig, load_recipe, resolve_micro_batch, resolve_prepared
-from llava_ds.distributed import Ranks, apply_launcher_environment, flush_and_exit, run_on_main_alone, run_on_main_first
+from llava_ds.distributed import (
+    Ranks,
+    apply_launcher_environment,
+    flush_and_exit,
+    run_on_main_alone,
+    run_on_main_first,
+    select_device,
+)
 from llava_ds.engine.preemption import EXIT_STOPPED, StopNotice, StopRequested
 from llava_ds.engine.start_report import StartReport
 from llava_ds.errors import BackendUnavailableError, CheckpointError, ConfigError, DataError
+from llava_ds.preparations import prepare_named
 from llava_ds.starts import End
 
 
@@ -92,12 +100,12 @@ def run(
     from llava_ds.engine.resume import restore_training, resume_point
     from llava_ds.engine.run_record import check_run_dir, finish_run, start_run
     from llava_ds.engine.setup import (
+        build_evaluator,
         build_guard,
         build_saver,
         build_trackers,
         load_weights,
         resolve_backends,
-        select_device,
     )
     from llava_ds.engine.training_state import Progress
     from llava_ds.metrics.trackers import check_trackers
@@ -113,7 +121,7 @@ def run(
     device = select_device(ranks)
     backend.init_distributed(device)
     if config.prepare:
-        config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, ranks)))
+        config = resolve_prepared(config, run_on_main_first(ranks, partial(_prepare, config.prepare, ranks)))
     check_inputs(config)
     backends = resolve_backends(config, device, ranks)
     point = resume_point(run_dir, resume, config, backends["packing"].name, ranks)
@@ -157,9 +165,11 @@ def run(
     saver = build_saver(engine, run_dir, config.train, ranks, data.plan.digest, progress, lock)
     trackers = build_trackers(run_dir, data.plan.num_steps, config, ranks, progress.step)
     plans = data.plan.steps(progress.data_state, progress.step)
+    evaluate = build_evaluator(config, data, settings)
     guard = build_guard(config, device, ranks, notice, report, lambda index: data.plan.source[index].id)
     try:
-        train(engine, data.loader, plans, data.plan.supervised_tokens, settings, trackers, saver, progress, guard)
+        train(engine, data.loader, plans, data.plan.supervised_tokens, settings, trackers, saver, progress, guard,
+              evaluate)
     except StopRequested as stop:
         report.ended(ranks, End("stopped", str(stop), stop.step))
         raise
@@ -173,10 +183,8 @@ def run(
     del partitioned, lock
 
 
-def _prepare(ranks: Ranks) -> Path:
-    from llava_ds.quickstart.prepare import prepare
-
-    return prepare(log=print if ranks.is_main else _silent)
+def _prepare(name: str, ranks: Ranks) -> Path:
+    return prepare_named(name, log=print if ranks.is_main else _silent)
 
 
 def _silent(*_: Any) -> None:

@@ -16,14 +16,14 @@ cd "$LLAVA_HOME" || exit 1
 export LLAVA_HOME
 
 llava_load_settings() {
-  local file=${LLAVA_SETTINGS:-slurm/settings.sh} given
-  given=$(export -p | grep -E '^declare -x LLAVA_[A-Z0-9_]+=' || true)
+  local file=${LLAVA_SETTINGS:-slurm/settings.sh} name given=()
+  for name in $(compgen -e LLAVA_); do given+=("$name=${!name}"); done
   if [ -f "$file" ]; then
     set -a +u # what others wrote may read variables that are not set
     # shellcheck source=/dev/null
     source "$file" || { echo "$file ended with an error; fix it" >&2; exit 1; }
     set +a -u
-    eval "${given//declare -x /export }"
+    for name in ${given[@]+"${given[@]}"}; do export "${name?}"; done
   elif [ -n "${LLAVA_SETTINGS:-}" ]; then
     echo "LLAVA_SETTINGS=$file: no such file" >&2
     exit 1
@@ -63,7 +63,10 @@ _llava_clean() { # runs a command without the variables of a surrounding job, wh
   env ${drop[@]+"${drop[@]}"} -u LLAVA_DS_START "$@"
 }
 
-_llava_tasks_wanted() { echo "${LLAVA_TASKS_PER_NODE:-${LLAVA_GPUS_PER_NODE:-1}}"; }
+_llava_tasks_wanted() { # a rank a GPU; "a100:8" names a type too
+  local wanted=${LLAVA_TASKS_PER_NODE:-${LLAVA_GPUS_PER_NODE:-1}}
+  echo "${wanted##*:}"
+}
 
 llava_enter() { # script, its arguments...: outside a job, and in a job without what the settings ask for, it is submitted
   llava_load_settings
@@ -284,11 +287,24 @@ llava_require() { # run folder that needs it, file, what it says
 }
 
 llava_step() { # file that is there when it is done, command...: one task on one node
-  local marker=$1
-  shift
   _llava_environment
+  _llava_step "$1" --nodes=1 --ntasks=1 -- "${@:2}"
+}
+
+llava_step_on_all() { # the same, a task for each rank of the job
+  _llava_environment
+  _llava_layout
+  _llava_step "$1" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$LLAVA_RANKS" --ntasks-per-node="$LLAVA_TASKS" \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --kill-on-bad-exit=1 -- "${@:2}"
+}
+
+_llava_step() { # marker, options of srun..., --, command...
+  local marker=$1 options=()
+  shift
+  while [ "$1" != -- ]; do options+=("$1"); shift; done
+  shift
   [ ! -e "$marker" ] || { echo "$marker is there already"; exit 0; }
-  srun --nodes=1 --ntasks=1 --export=ALL ${LLAVA_CONTAINED[@]+"${LLAVA_CONTAINED[@]}"} "$@" &
+  srun "${options[@]}" --export=ALL ${LLAVA_CONTAINED[@]+"${LLAVA_CONTAINED[@]}"} "$@" &
   while kill -0 $! 2>/dev/null; do wait $!; done
   # It can be done again from its beginning, as its marker is written last.
   [ -e "$marker" ] || [ -z "$LLAVA_NOTICED" ] || _llava_requeue

@@ -2,12 +2,14 @@
 #SBATCH --job-name=llava-evaluate
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Scores of the merged model: sbatch slurm/evaluate.sh [options of tools/evaluate]. Writes $LLAVA_RUNS/scores.json.
+# Scores of the merged model: sbatch slurm/evaluate.sh [options of tools/evaluate]. All ranks of the job share the questions.
+# Writes $LLAVA_RUNS/predictions.jsonl, from which a job that starts again goes on, and $LLAVA_RUNS/scores.json.
 
 LLAVA_HOME=${LLAVA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
-source "$LLAVA_HOME/slurm/common.sh"
+source "$LLAVA_HOME/slurm/common.sh" || { echo "call sbatch from the repository, or set LLAVA_HOME to it" >&2; exit 1; }
 LLAVA_SELF=(slurm/evaluate.sh "$@")
 llava_enter "${LLAVA_SELF[@]}"
 
-llava_require "$LLAVA_RUNS/stage2" "$LLAVA_RUNS/merged/COMPLETE" "there is no merged model"
-llava_step "$LLAVA_RUNS/scores.json" python tools/evaluate "$LLAVA_RUNS/merged" --json "$LLAVA_RUNS/scores.json" "$@"
+llava_require "$LLAVA_RUNS/stage2" "$LLAVA_RUNS/merged/COMPLETE" "nothing is merged (slurm-*-llava-merge.out says why)"
+llava_step_on_all "$LLAVA_RUNS/scores.json" python tools/evaluate "$LLAVA_RUNS/merged" \
+  --predictions "$LLAVA_RUNS/predictions.jsonl" --json "$LLAVA_RUNS/scores.json" "$@"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,9 +17,11 @@ from llava_ds.checkpoint.lazy import LazyTensor
 from llava_ds.checkpoint.merge import trial_export
 from llava_ds.checkpoint.runs import open_run
 from llava_ds.config import RunConfig, TrainConfig
+from llava_ds.data.build import TrainingData
 from llava_ds.distributed import Ranks, gather_objects, run_on_main_alone, run_on_main_first
 from llava_ds.engine.deepspeed_backend import load_full_parameter
-from llava_ds.engine.loop import Tracker
+from llava_ds.engine.evaluation import Evaluator
+from llava_ds.engine.loop import LoopSettings, Tracker
 from llava_ds.engine.preemption import StopNotice
 from llava_ds.engine.resume import TRIAL_PREFIX, ResumePoint
 from llava_ds.engine.run_lock import RunLock
@@ -28,28 +29,9 @@ from llava_ds.engine.saving import SavePolicy, Saver
 from llava_ds.engine.start_report import StartReport
 from llava_ds.engine.training_state import Progress
 from llava_ds.engine.watchdog import UnwatchedGuard, Watchdog
-from llava_ds.errors import BackendUnavailableError, ConfigError
+from llava_ds.errors import ConfigError
 from llava_ds.metrics.trackers import EXTRA_TRACKERS, JsonlTracker, ProgressBar
 from llava_ds.models.build import DTYPES, Backend, resolve_attention, resolve_packing, resolve_splice
-
-
-def select_device(ranks: Ranks) -> torch.device:
-    """This rank's GPU, or the CPU where there is none (or ``DS_ACCELERATOR=cpu`` asks for it).
-
-    Raises BackendUnavailableError, on the ranks that have none, when a machine has more ranks than GPUs.
-    """
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    # Slurm may bind each rank to one GPU (--gpus-per-task=1), which is number 0 there.
-    num_devices = torch.cuda.device_count()
-    index = 0 if num_devices == 1 else ranks.local_rank
-    if index >= num_devices:
-        raise BackendUnavailableError(
-            f"rank {ranks.rank} is number {ranks.local_rank} of its machine, which shows it {num_devices} GPUs "
-            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}).\n  Start as many ranks as GPUs."
-        )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
 
 
 def load_weights(
@@ -149,6 +131,13 @@ def build_guard(
     watchdog = Watchdog(ranks, timeout_s, notice, name_sample, partial(report.hung, ranks), by_stack)
     watchdog.start()
     return watchdog
+
+
+def build_evaluator(config: RunConfig, data: TrainingData, settings: LoopSettings) -> Evaluator | None:
+    """What evaluates during training; None where the recipe has no ``eval``."""
+    if config.eval is None or data.eval is None:
+        return None
+    return Evaluator(data.eval, config.eval.steps, data.plan.num_steps, settings)
 
 
 def build_trackers(run_dir: Path, num_steps: int, config: RunConfig, ranks: Ranks, num_done: int) -> list[Tracker]:

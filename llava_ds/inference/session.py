@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -15,6 +15,7 @@ from llava_ds.checkpoint.load import load_model
 from llava_ds.constants import IMAGE_PLACEHOLDER
 from llava_ds.data.images import ImageTransform
 from llava_ds.errors import DataError
+from llava_ds.inference.row_sampling import RowSampling
 from llava_ds.models.llava import Llava
 from llava_ds.ops.row_plan import plan_rows
 from llava_ds.schema import Turn
@@ -30,6 +31,8 @@ class Sampling:
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    seed: int = 0
+    """Of ``Session.answer_batch``; a chat is drawn anew every time."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,30 @@ class Session:
         if failures:
             raise failures[0]
 
+    def prompt_length(self, turns: Sequence[Turn]) -> int:
+        """Tokens of a conversation up to where the answer begins, patches of its images counted."""
+        return len(encode_prompt(turns, self.tokenizer, self.template, self.model.vision_tower.spec.num_patches))
+
     @torch.no_grad()
     def answer_batch(
-        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Path]], sampling: Sampling
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        images: Sequence[Sequence[Path]],
+        sampling: Sampling,
+        ids: Sequence[str] | None = None,
     ) -> list[str]:
-        """One answer for each conversation; prompts are padded on the left."""
-        outputs = self.model.llm.generate(**self._inputs(conversations, images), **self._options(sampling))
+        """One answer for each conversation; prompts are padded on the left.
+
+        Where answers are drawn, each depends on ``sampling.seed`` and its conversation's id (by default its number),
+        on no other conversation.
+
+        Raises DataError when the placeholders do not match the images, or an image does not decode.
+        """
+        options = self._options(replace(sampling, temperature=0.0))
+        if sampling.temperature > 0:
+            ids = ids or [str(number) for number in range(len(conversations))]
+            options["logits_processor"] = [RowSampling(ids, sampling.seed, sampling.temperature, sampling.top_p)]
+        outputs = self.model.llm.generate(**self._inputs(conversations, images), **options)
         stop = stop_string(self.tokenizer, self.template)
         answers = self.tokenizer.batch_decode(outputs, skip_special_tokens=True)
         return [answer.split(stop)[0].strip() if stop else answer.strip() for answer in answers]
@@ -138,10 +159,13 @@ def before_stop(pieces: Iterable[str], stop: str | None) -> Iterator[str]:
     yield held
 
 
-def load_session(path: Path) -> Session:
-    """A session over a run folder, a checkpoint step or a merged folder. Raises CheckpointError when it is none."""
-    loaded = load_model(path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def load_session(path: Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Session:
+    """A session over a run folder, a checkpoint step or a merged folder, by default on a GPU where there is one.
+
+    Raises CheckpointError when it is none of these.
+    """
+    loaded = load_model(path, dtype=dtype)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transform = ImageTransform.for_tower(loaded.model.vision_tower.spec, loaded.image_aspect_ratio)
     template = resolve_template(loaded.template, loaded.tokenizer)
     return Session(loaded.model.to(device), loaded.tokenizer, template, transform, device)

@@ -30,8 +30,8 @@ def write_report(
     """Writes a self-contained HTML page.
 
     Args:
-        seeing: result of ``evaluate`` for the trained model.
-        blind: result of ``evaluate`` for the blind control.
+        seeing: result of ``exact_match.score`` for the trained model.
+        blind: the same for the blind control.
         facts: sentences about how it was made, shown at the top.
     """
     rows = "".join(

@@ -140,10 +140,10 @@ def replay(replies: Path, spoil_frac: float = 0.0) -> Callable[[dict], str]:
 
 def test_a_thousand_samples_under_faults(live, prompts, tmp_path):
     records = write_jsonl(tmp_path / "records.jsonl", make_images(510))
-    with fault_proxy(replay(live[1], 0.1), fault_frac=0.2, seed=1, hang_s=2.0) as proxy:
+    with fault_proxy(replay(live[1], 0.1), fault_frac=0.2, seed=1, hang_s=6.0) as proxy:
         run(*command(
             records, tmp_path / "out", proxy.base_url, "--prompts", prompts, "--num-samples", 1000, "--max-attempts", 4,
-            "--concurrency", CONCURRENCY, "--timeout-s", 1, "--max-tries", 12, "--price-in", 1, "--price-out", 10,
+            "--concurrency", CONCURRENCY, "--timeout-s", 4, "--max-tries", 12, "--price-in", 1, "--price-out", 10,
         ))
     written, lost = each_sample_once(tmp_path / "out", 1000)
     assert len(written) > 900

@@ -30,7 +30,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
 
 
 def test_the_pipeline_goes_from_data_to_scores(tmp_path, cluster, settings):
-    chain = Job(cluster, tmp_path / "runs", settings)
+    chain = Job(cluster, tmp_path / "the chain's runs", settings)
     names = dict(line.removeprefix("job ").split(": ") for line in chain.submit_chain())
     assert list(names.values()) == ["generate", "stage1", "stage2", "merge", "evaluate"]
     *_, last = names
@@ -44,6 +44,8 @@ def test_the_pipeline_goes_from_data_to_scores(tmp_path, cluster, settings):
         assert len({read_json(file)["nodes"] for file in run.glob("starts/*/start.json")}) == 1
     scores = read_json(chain.runs / "scores.json")
     assert scores["num_questions"]["name"] == 288, scores
+    assert len((chain.runs / "predictions.jsonl").read_text().splitlines()) == sum(scores["num_questions"].values())
+    assert "of them on each of 2 rank(s)" in next(chain.runs.glob("slurm-*-llava-evaluate.out")).read_text()
 
 
 def test_sbatch_itself_takes_the_settings_and_a_stage_stops_where_the_one_before_is_not_finished(

@@ -16,7 +16,8 @@ LAYERS = {
     "checkpoint": 4,
     "engine": 5, "inference": 5,
     "evaluation": 6, "datagen": 6, "quickstart": 6, "cluster": 6,
-    "train": 7,
+    "preparations": 7,
+    "train": 8,
 }
 ONE_SITE = {
     "cuda", "deepspeed", "gguf", "flash_attn", "triton", "open_clip", "openai", "gradio", "wandb", "matplotlib",

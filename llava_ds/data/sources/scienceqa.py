@@ -50,7 +50,8 @@ OUTPUT_FORMATS = {
 }
 """What the answer says. LEPA is LLaVA's own: labelled lines, ``###``, and the answer."""
 
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""Which name the choices in their order."""
 
 
 def format_problem(problem: Any, prompt_format: str, origin: str) -> tuple[str, str]:
@@ -121,18 +122,38 @@ def open_scienceqa(
     root = (image_root or path / "images").absolute()
     digest = hashlib.sha256(f"{split}|{prompt_format}|{root}".encode())
     problems = _read_object(path / "problems.json", digest)
-    splits = _read_object(path / "pid_splits.json", digest)
-    if split not in splits:
-        raise ConfigError(f"{path / 'pid_splits.json'}: no split {split!r}; it holds {', '.join(splits)}")
-    pids = splits[split]
-    if not isinstance(pids, list) or not pids or not all(isinstance(pid, str) for pid in pids):
-        raise DataError(f"{path / 'pid_splits.json'}: split {split!r} must be a list of one pid (text) or more")
+    pids = _read_pids(path / "pid_splits.json", split, digest)
     chosen = {pid: problems[pid] for pid in pids if pid in problems}
     return ScienceQaSource(f"{path.name}[{split}]", digest.hexdigest(), split, prompt_format, root, tuple(pids), chosen)
 
 
-def _read_object(file: Path, digest: Any) -> dict[str, Any]:
-    advice = "give ScienceQA's folder, which holds problems.json and pid_splits.json"
+def read_split(problems_file: Path, splits_file: Path, split: str) -> dict[str, Any]:
+    """The problems of a split as they stand in the file, by pid, in the order of the split.
+
+    Raises ConfigError for an unknown split, DataError for a missing or broken file or problems that are not there.
+    """
+    problems, pids = _read_object(problems_file), _read_pids(splits_file, split)
+    missing = [pid for pid in pids if pid not in problems]
+    if missing:
+        raise DataError(
+            f"{problems_file}: lacks {len(missing)} of the {len(pids)} problems of {split!r} in {splits_file}: "
+            f"{', '.join(missing[:5])}; take both files from one release"
+        )
+    return {pid: problems[pid] for pid in pids}
+
+
+def _read_pids(file: Path, split: str, digest: Any = None) -> list[str]:
+    splits = _read_object(file, digest)
+    if split not in splits:
+        raise ConfigError(f"{file}: no split {split!r}; it holds {', '.join(splits)}")
+    pids = splits[split]
+    if not isinstance(pids, list) or not pids or not all(isinstance(pid, str) for pid in pids):
+        raise DataError(f"{file}: split {split!r} must be a list of one pid (text) or more")
+    return pids
+
+
+def _read_object(file: Path, digest: Any = None) -> dict[str, Any]:
+    advice = "give the problems.json and pid_splits.json of ScienceQA's folder"
     try:
         content = file.read_bytes()
         value = json.loads(content)
@@ -142,20 +163,21 @@ def _read_object(file: Path, digest: Any) -> dict[str, Any]:
         raise DataError(f"{file}: not valid JSON: {error}; {advice}") from error
     if not isinstance(value, dict):
         raise DataError(f"{file}: expected an object, got {type(value).__name__}; {advice}")
-    digest.update(content)
+    if digest is not None:
+        digest.update(content)
     return value
 
 
-def _parts(problem: Any, origin: str) -> dict[str, str]:
+def read_choices(problem: Any, origin: str) -> tuple[list[str], int]:
+    """The choices' texts, and the index of the right one. Raises DataError that begins with ``origin``."""
     if not isinstance(problem, dict):
         raise DataError(f"{origin}: expected an object, got {type(problem).__name__}", reason="not an object")
-    texts = {key: _text(problem, key, origin) for key in ("question", "hint", "lecture", "solution")}
     choices, answer = problem.get("choices"), problem.get("answer")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise DataError(f"{origin}: 'choices' must be a list of texts, got {choices!r:.80}", reason="bad 'choices'")
-    if not 1 <= len(choices) <= len(_LETTERS):
+    if not 1 <= len(choices) <= len(LETTERS):
         raise DataError(
-            f"{origin}: {len(choices)} choices; it must be 1 to {len(_LETTERS)}, which have a letter",
+            f"{origin}: {len(choices)} choices; it must be 1 to {len(LETTERS)}, which have a letter",
             reason="too few or many choices",
         )
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
@@ -164,13 +186,19 @@ def _parts(problem: Any, origin: str) -> dict[str, str]:
             f"as there are {len(choices)} choices",
             reason="'answer' is no index into the choices",
         )
+    return choices, answer
+
+
+def _parts(problem: Any, origin: str) -> dict[str, str]:
+    choices, answer = read_choices(problem, origin)
+    texts = {key: read_text(problem, key, origin) for key in ("question", "hint", "lecture", "solution")}
     # The converter writes line breaks as \n and reads them back, so a \n that stood there becomes a line break.
     lecture, solution = (texts[key].replace("\\n", "\n") for key in ("lecture", "solution"))
     return {
         "question": texts["question"],
         "context": texts["hint"].strip() or "N/A",
-        "options": " ".join(f"({letter}) {choice}" for letter, choice in zip(_LETTERS, choices, strict=False)),
-        "answer": _LETTERS[answer],
+        "options": " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)),
+        "answer": LETTERS[answer],
         "lecture": lecture,
         "solution": solution,
         "lecture_line": f"LECTURE: {lecture}\n" if lecture.strip() else "",
@@ -178,7 +206,8 @@ def _parts(problem: Any, origin: str) -> dict[str, str]:
     }
 
 
-def _text(problem: dict[str, Any], key: str, origin: str) -> str:
+def read_text(problem: dict[str, Any], key: str, origin: str) -> str:
+    """A field that may be empty. Raises DataError that begins with ``origin`` when it is missing or no text."""
     value = problem.get(key)
     if not isinstance(value, str):
         got = repr(value)[:80] if key in problem else "nothing"
