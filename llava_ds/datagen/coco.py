@@ -36,8 +36,8 @@ def read_coco(captions: Path, instances: Path, on_bad_record: OnBadRecord = "err
     with_captions, captions_hash = _read(captions, ("images", "annotations"))
     with_boxes, boxes_hash = _read(instances, ("images", "annotations", "categories"))
     bad = BadRecords(on_bad_record)
-    texts = _group_captions(with_captions["annotations"], captions.name, bad)
-    sizes = _sizes(with_boxes["images"], instances.name, bad)
+    texts = _group_captions(with_captions, captions.name, bad)
+    sizes = _read_sizes(with_boxes, instances.name, bad)
     boxes = _group_boxes(with_boxes, sizes, instances.name, bad)
     seen: set[str] = set()
     images = []
@@ -84,9 +84,9 @@ def _each(tables: dict[str, list[Any]], table: str, name: str, bad: BadRecords) 
             bad.handle(DataError(f"{where}: expected an object, got {row!r:.80}", f"a row of {table} is no object"))
 
 
-def _group_captions(annotations: list[Any], name: str, bad: BadRecords) -> dict[Any, list[str]]:
+def _group_captions(tables: dict[str, list[Any]], name: str, bad: BadRecords) -> dict[int, list[str]]:
     groups = defaultdict(list)
-    for where, row in _each({"annotations": annotations}, "annotations", name, bad):
+    for where, row in _each(tables, "annotations", name, bad):
         try:
             groups[_number(row, "image_id", where)].append(one_line(row.get("caption"), where, "caption"))
         except DataError as error:
@@ -94,10 +94,10 @@ def _group_captions(annotations: list[Any], name: str, bad: BadRecords) -> dict[
     return groups
 
 
-def _sizes(images: list[Any], name: str, bad: BadRecords) -> dict[int, tuple[float, float]]:
+def _read_sizes(tables: dict[str, list[Any]], name: str, bad: BadRecords) -> dict[int, tuple[float, float]]:
     """Width and height in pixels by image id."""
     sizes = {}
-    for where, row in _each({"images": images}, "images", name, bad):
+    for where, row in _each(tables, "images", name, bad):
         size = row.get("width"), row.get("height")
         try:
             if not all(is_number(side) and side > 0 for side in size):  # type: ignore[operator]
@@ -148,7 +148,7 @@ def _normalise(box: Any, size: tuple[float, float], where: str) -> tuple[float, 
 def _join(
     row: dict[str, Any],
     where: str,
-    texts: dict[Any, list[str]],
+    texts: dict[int, list[str]],
     boxes: dict[int, list[Instance]],
     sizes: dict[int, tuple[float, float]],
     instances_name: str,

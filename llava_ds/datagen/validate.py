@@ -44,7 +44,7 @@ FAULTS = {
     ),
     "speaks of its source": _any(
         rf"\b(?:the|this|these|your|any|on|from|in|by|with) {_GIVEN} {_SHOWN}\b",
-        rf"\b(?:information|details?|context|data) {_GIVEN}\b",
+        r"\b(?:information|details?|context|data) (?:given|provided)\b",
         r"\b(?:in|from|on|by|to|per) (?:the|this|these|your|both|all) (?:image )?(?:descriptions?|sentences)\b"
         r"(?! (?:on|of) )",
         rf"\b(?:the|these|this|your) (?:image )?(?:descriptions?|sentences) {_SAYS}",
@@ -62,7 +62,6 @@ FAULTS = {
     ),
 }
 """Words that no question and no answer may hold, by the reason they are refused for."""
-
 
 _RUN, _MOST_RUNS = 4, 4
 """An answer in which as many words in a row come as often is a model that has lost its way."""

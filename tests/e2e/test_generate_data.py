@@ -32,7 +32,7 @@ def command(records: Path, out: Path, base_url: str, *options: object) -> list[s
 
 
 def run(*arguments: object, exit_code: int = 0) -> str:
-    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=900)
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=1800)
     assert done.returncode == exit_code, done.stdout + done.stderr
     return done.stdout
 
@@ -78,10 +78,10 @@ def live(prepared, prompts, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("live")
     scenes = folder / "scenes.jsonl"
     scenes.write_bytes((prepared / "scenes.jsonl").read_bytes())
-    with serve_chat(num_threads=2) as upstream, fault_proxy(upstream, record=folder / "replies.jsonl") as proxy:
+    with serve_chat() as upstream, fault_proxy(upstream, record=folder / "replies.jsonl") as proxy:
         print(run(*command(
             scenes, folder / "out", proxy.base_url, "--prompts", prompts, "--num-samples", NUM_LIVE, "--reply-grammar",
-            "--concurrency", 2, "--max-tokens", 400,
+            "--concurrency", 2, "--max-tokens", 400, "--timeout-s", 600,
         )))
         assert proxy.totals()["good"] >= NUM_LIVE and not proxy.paid_twice()
     return folder / "out", folder / "replies.jsonl"
