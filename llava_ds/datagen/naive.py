@@ -69,7 +69,7 @@ def write_naive(
 def _inputs(source: CaptionSource, phrase_filter: NounPhraseFilter | None) -> dict[str, Any]:
     inputs: dict[str, Any] = {"kind": "naive", "seed": source.seed, "records_sha256": source.rows.fingerprint}
     if phrase_filter:
-        inputs["filter"] = {name: value for name, value in vars(phrase_filter).items() if name not in ("find", "packages")}
+        inputs["filter"] = {name: getattr(phrase_filter, name) for name in ("name", "min_frequency", "max_per_phrase")}
     return inputs
 
 
