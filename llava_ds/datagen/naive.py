@@ -22,12 +22,13 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 @dataclass(frozen=True)
 class NounPhraseFilter:
-    """The balancing filter. ``name`` of what finds the phrases is for the record."""
+    """The balancing filter. ``name`` of what finds the phrases and the ``packages`` behind it are for the record."""
 
     find: FindPhrases
     name: str
     min_frequency: int = MIN_FREQUENCY
     max_per_phrase: int = MAX_PER_PHRASE
+    packages: tuple[str, ...] = ("spacy",)
 
 
 def write_naive(
@@ -44,7 +45,7 @@ def write_naive(
     Raises DataError for a broken file or pair, ConfigError when ``out`` was begun with other settings.
     """
     source = open_captions(pairs, pairs.parent, seed)
-    folder = OutputFolder(out, _inputs(source, phrase_filter), None, ("spacy",) if phrase_filter else ())
+    folder = OutputFolder(out, _inputs(source, phrase_filter), None, phrase_filter.packages if phrase_filter else ())
     folder.begin()
     bad = BadRecords(on_bad_record)
     numbers: Iterable[int] = range(len(source))
@@ -68,7 +69,7 @@ def write_naive(
 def _inputs(source: CaptionSource, phrase_filter: NounPhraseFilter | None) -> dict[str, Any]:
     inputs: dict[str, Any] = {"kind": "naive", "seed": source.seed, "records_sha256": source.rows.fingerprint}
     if phrase_filter:
-        inputs["filter"] = {name: value for name, value in vars(phrase_filter).items() if name != "find"}
+        inputs["filter"] = {name: getattr(phrase_filter, name) for name in ("name", "min_frequency", "max_per_phrase")}
     return inputs
 
 

@@ -111,7 +111,7 @@ class FaultProxy:
             f"{self.source}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=120) as response:
+            with urllib.request.urlopen(request, timeout=600) as response:
                 status, data = response.status, response.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()

@@ -95,7 +95,7 @@ def test_naive_pairs(pairs, tmp_path):
 
 
 def test_naive_pairs_balanced(pairs, tmp_path):
-    phrase_filter = NounPhraseFilter(by_words, "animals", 3, 4)
+    phrase_filter = NounPhraseFilter(by_words, "animals", 3, 4, packages=())
     report = write_naive(pairs, tmp_path / "a", 0, "error", phrase_filter)
     ids = [record["id"] for record in json.loads((tmp_path / "a" / "data.json").read_text())]
     assert ids == [f"p{n}" for n in taken(min_frequency=3, max_per_phrase=4)]
@@ -110,7 +110,7 @@ def test_bad_pairs_are_counted_once(pairs, tmp_path):
     pairs.write_text("\n".join([lines[0], '{"image": "x.jpg"}', *lines[1:]]) + "\n")
     with pytest.raises(DataError, match="pairs.jsonl:2"):
         write_naive(pairs, tmp_path / "a")
-    report = write_naive(pairs, tmp_path / "b", 0, "skip", NounPhraseFilter(by_words, "animals", 1, 100))
+    report = write_naive(pairs, tmp_path / "b", 0, "skip", NounPhraseFilter(by_words, "animals", 1, 100, ()))
     assert report["left_out_of_records"] == {"no caption": 1}
     ids = [record["id"] for record in json.loads((tmp_path / "b" / "data.json").read_text())]
     assert ids == [f"p{n}" for n in range(12) if n != 4]
