@@ -2,8 +2,7 @@
 
 Every kind of problem is a function of (random numbers, concepts, a way to draw one). Right choices are equally
 frequent, so that guessing is right once in as many times as there are choices. The choices of a kind are always the
-same, and in the same order where they are more than two: a LLM of two layers does not learn in minutes to look up which
-letter stands before a text (tried).
+same in the same order: to look up which letter stands before a text is more than two layers learn in minutes (tried).
 """
 
 from __future__ import annotations
@@ -57,10 +56,11 @@ def kind_of_picture(rng: random.Random, concepts: Sequence[Concept], draw: Draw)
 
 def category_of_picture(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
     """A picture and a text: nature or food."""
-    concept, choices, answer = _category(rng, concepts)
+    concept = _of_category(rng, concepts)
     return Problem(
-        "natural science", "biology", "Classification", "Sort pictures", "Nature or food?", choices, answer,
-        f"This is {concept.category}.", "Look at the picture.", "The picture shows one thing.", draw(concept),
+        "natural science", "biology", "Classification", "Sort pictures", "Nature or food?", CATEGORIES,
+        CATEGORIES.index(concept.category), f"This is {concept.category}.", "Look at the picture.",
+        "The picture shows one thing.", draw(concept),
     )
 
 
@@ -104,10 +104,10 @@ def words_of_a_text(rng: random.Random, concepts: Sequence[Concept], draw: Draw)
 
 def category_of_a_word(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
     """Neither picture nor text: whether a word names nature or food."""
-    concept, choices, answer = _category(rng, concepts)
+    concept = _of_category(rng, concepts)
     return Problem(
-        "language science", "vocabulary", "Meanings", "Sort words", f"Is {concept.name} nature or food?", choices,
-        answer, f"{concept.name}, {concept.category}.",
+        "language science", "vocabulary", "Meanings", "Sort words", f"Is {concept.name} nature or food?",
+        CATEGORIES, CATEGORIES.index(concept.category), f"{concept.name}, {concept.category}.",
     )
 
 
@@ -117,12 +117,10 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-def _category(rng: random.Random, concepts: Sequence[Concept]) -> tuple[Concept, tuple[str, str], int]:
-    """A concept, its category and the other one in random order, and where its own stands."""
+def _of_category(rng: random.Random, concepts: Sequence[Concept]) -> Concept:
+    """A concept; both categories are as likely."""
     category = rng.choice(CATEGORIES)
-    choices = CATEGORIES if rng.random() < 0.5 else CATEGORIES[::-1]
-    concept = rng.choice([concept for concept in concepts if concept.category == category])
-    return concept, choices, choices.index(category)
+    return rng.choice([concept for concept in concepts if concept.category == category])
 
 
 def _map(pictures: Sequence[Image.Image], places: Sequence[str]) -> Image.Image:
