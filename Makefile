@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test slow-test checkpoint-test kernel-test slurm-test lint clean
+.PHONY: install quickstart test slow-test checkpoint-test kernel-test slurm-test lmms-eval-test lint clean
 
 install: .venv/.installed
 
@@ -33,9 +33,20 @@ kernel-test: install
 slurm-test: install
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
+# lmms-eval's environment sees that of the project behind its own packages, so torch is there once.
+.venv-lmms-eval/.installed: .venv/.installed Makefile
+	test -x .venv-lmms-eval/bin/python || $(PYTHON) -m venv .venv-lmms-eval
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+	  "$$(.venv-lmms-eval/bin/python -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
+	.venv-lmms-eval/bin/python -m pip install --quiet lmms-eval==0.7.3 decord "filelock<4"
+	touch $@
+
+lmms-eval-test: .venv-lmms-eval/.installed
+	$(BIN)/python -m pytest -m lmms_eval tests/e2e
+
 lint: install
 	$(BIN)/ruff check . tools/*
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-lmms-eval build *.egg-info

@@ -69,6 +69,10 @@ class SourceConfig(_Strict):
     """How often a mixture visits each record in an epoch: 0.5 is every other epoch, 2 twice."""
 
 
+_SOURCE_ALONE = {"format": "auto", "image_root": None, "split": None, "prompt_format": "QCM-LEA"}
+"""What says how one path is read, with the values that say nothing."""
+
+
 class DataConfig(_Strict):
     """What is read, and how it becomes batches."""
 
@@ -102,8 +106,9 @@ class DataConfig(_Strict):
     def _one_way_to_name_sources(self) -> DataConfig:
         if (self.path is None) == (not self.mixture):
             raise ValueError("give either data.path or data.mixture (a list of sources)")
-        alone = {"format": "auto", "image_root": None, "split": None, "prompt_format": "QCM-LEA"}
-        misplaced = [f"data.{key}" for key, value in alone.items() if self.mixture and getattr(self, key) != value]
+        misplaced = [
+            f"data.{key}" for key, value in _SOURCE_ALONE.items() if self.mixture and getattr(self, key) != value
+        ]
         if misplaced:
             raise ValueError(f"{', '.join(misplaced)} belongs to data.path; give it in each source of data.mixture")
         return self
@@ -160,6 +165,46 @@ class TrainConfig(_Strict):
     twice the longest step or checkpoint. None does not watch."""
 
 
+class EvalConfig(_Strict):
+    """Held-out samples, and how often training is measured on them."""
+
+    steps: int = Field(ge=1)
+    """Steps between evaluations; there is always one before step 1 and one at the end."""
+    path: str | None = None
+    """Data of their own: with format, image_root, split and prompt_format as in ``SourceConfig``. Or give
+    ``holdout_frac`` or ``holdout_samples``."""
+    format: str = "auto"
+    image_root: str | None = None
+    split: str | None = None
+    prompt_format: str = "QCM-LEA"
+    holdout_frac: float | None = Field(None, gt=0, lt=1)
+    """This share of the training data is not trained on. What is held out depends on (seed, id) of a sample alone."""
+    holdout_samples: int | None = Field(None, ge=1)
+    """So many samples of the training data are not trained on; more only where an id stands several times."""
+    max_samples: int | None = Field(None, ge=1)
+    """So many of these samples are evaluated at most; which ones depends on (seed, id) alone. None takes all."""
+
+    @model_validator(mode="after")
+    def _one_way_to_name_samples(self) -> EvalConfig:
+        ways = ("path", "holdout_frac", "holdout_samples")
+        given = [f"eval.{name}" for name in ways if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(f'eval.{name}' for name in ways)}; got {given}")
+        misplaced = [f"eval.{key}" for key in _SOURCE_ALONE if getattr(self, key) != _SOURCE_ALONE[key]]
+        if self.path is None and misplaced:
+            raise ValueError(f"{', '.join(misplaced)} belongs to eval.path; data that is held out is read as data says")
+        return self
+
+    def source(self) -> SourceConfig | None:
+        """The data of their own; None where they are held out of the training data."""
+        if self.path is None:
+            return None
+        return SourceConfig(
+            path=self.path, format=self.format, image_root=self.image_root, split=self.split,
+            prompt_format=self.prompt_format, weight=1.0,
+        )
+
+
 class RunConfig(_Strict):
     """One run, as a recipe file states it."""
 
@@ -175,6 +220,8 @@ class RunConfig(_Strict):
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    eval: EvalConfig | None = None
+    """Evaluation during training; None does none."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -186,6 +233,11 @@ class RunConfig(_Strict):
         if len(set(self.train.trainable)) != len(self.train.trainable):
             raise ValueError(f"train.trainable={self.train.trainable} names a part twice; name each once")
         return self
+
+    def named_sources(self) -> list[tuple[str, SourceConfig]]:
+        """All data that are read, each with its group: those of training, then those of evaluation alone."""
+        held_out = self.eval and self.eval.source()
+        return [*(("data", source) for source in self.data.sources()), *([("eval", held_out)] if held_out else [])]
 
 
 def list_recipes() -> list[str]:
@@ -325,6 +377,8 @@ def _describe(problem: Any) -> str:
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:
-    groups: dict[str, type[BaseModel]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    groups: dict[str, type[BaseModel]] = {
+        "model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig,
+    }
     model = groups.get(location[0], RunConfig) if location else RunConfig
     return list(model.model_fields)

@@ -147,9 +147,12 @@ def read_end(folder: Path) -> End | None:
 
 def conclude(folder: Path) -> End:
     """How a start ended that is over: what was recorded, or what the failures of its ranks say."""
-    end, failure = read_end(folder), root_failure(read_failures(folder))
-    if end:
-        return end
+    return read_end(folder) or conclude_from_ranks(folder)
+
+
+def conclude_from_ranks(folder: Path) -> End:
+    """How a start ended that is over, as the failures of its ranks say."""
+    failure = root_failure(read_failures(folder))
     if failure is None:
         return End("lost", "it ended without a word: a machine, or its whole job, was killed")
     if failure.error == HANG:

@@ -100,6 +100,7 @@ def run(
     from llava_ds.engine.resume import restore_training, resume_point
     from llava_ds.engine.run_record import check_run_dir, finish_run, start_run
     from llava_ds.engine.setup import (
+        build_evaluator,
         build_guard,
         build_saver,
         build_trackers,
@@ -164,9 +165,11 @@ def run(
     saver = build_saver(engine, run_dir, config.train, ranks, data.plan.digest, progress, lock)
     trackers = build_trackers(run_dir, data.plan.num_steps, config, ranks, progress.step)
     plans = data.plan.steps(progress.data_state, progress.step)
+    evaluate = build_evaluator(config, data, settings)
     guard = build_guard(config, device, ranks, notice, report, lambda index: data.plan.source[index].id)
     try:
-        train(engine, data.loader, plans, data.plan.supervised_tokens, settings, trackers, saver, progress, guard)
+        train(engine, data.loader, plans, data.plan.supervised_tokens, settings, trackers, saver, progress, guard,
+              evaluate)
     except StopRequested as stop:
         report.ended(ranks, End("stopped", str(stop), stop.step))
         raise

@@ -16,14 +16,14 @@ cd "$LLAVA_HOME" || exit 1
 export LLAVA_HOME
 
 llava_load_settings() {
-  local file=${LLAVA_SETTINGS:-slurm/settings.sh} given
-  given=$(export -p | grep -E '^declare -x LLAVA_[A-Z0-9_]+=' || true)
+  local file=${LLAVA_SETTINGS:-slurm/settings.sh} name given=()
+  for name in $(compgen -e LLAVA_); do given+=("$name=${!name}"); done
   if [ -f "$file" ]; then
     set -a +u # what others wrote may read variables that are not set
     # shellcheck source=/dev/null
     source "$file" || { echo "$file ended with an error; fix it" >&2; exit 1; }
     set +a -u
-    eval "${given//declare -x /export }"
+    for name in ${given[@]+"${given[@]}"}; do export "${name?}"; done
   elif [ -n "${LLAVA_SETTINGS:-}" ]; then
     echo "LLAVA_SETTINGS=$file: no such file" >&2
     exit 1
@@ -63,7 +63,10 @@ _llava_clean() { # runs a command without the variables of a surrounding job, wh
   env ${drop[@]+"${drop[@]}"} -u LLAVA_DS_START "$@"
 }
 
-_llava_tasks_wanted() { echo "${LLAVA_TASKS_PER_NODE:-${LLAVA_GPUS_PER_NODE:-1}}"; }
+_llava_tasks_wanted() { # a rank a GPU; "a100:8" names a type too
+  local wanted=${LLAVA_TASKS_PER_NODE:-${LLAVA_GPUS_PER_NODE:-1}}
+  echo "${wanted##*:}"
+}
 
 llava_enter() { # script, its arguments...: outside a job, and in a job without what the settings ask for, it is submitted
   llava_load_settings

@@ -6,10 +6,10 @@
 # Writes $LLAVA_RUNS/predictions.jsonl, from which a job that starts again goes on, and $LLAVA_RUNS/scores.json.
 
 LLAVA_HOME=${LLAVA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
-source "$LLAVA_HOME/slurm/common.sh"
+source "$LLAVA_HOME/slurm/common.sh" || { echo "call sbatch from the repository, or set LLAVA_HOME to it" >&2; exit 1; }
 LLAVA_SELF=(slurm/evaluate.sh "$@")
 llava_enter "${LLAVA_SELF[@]}"
 
-llava_require "$LLAVA_RUNS/stage2" "$LLAVA_RUNS/merged/COMPLETE" "there is no merged model"
+llava_require "$LLAVA_RUNS/stage2" "$LLAVA_RUNS/merged/COMPLETE" "nothing is merged (slurm-*-llava-merge.out says why)"
 llava_step_on_all "$LLAVA_RUNS/scores.json" python tools/evaluate "$LLAVA_RUNS/merged" \
   --predictions "$LLAVA_RUNS/predictions.jsonl" --json "$LLAVA_RUNS/scores.json" "$@"

@@ -5,7 +5,7 @@
 # What stage 2 trained, as one folder: sbatch slurm/merge.sh. Writes $LLAVA_RUNS/merged.
 
 LLAVA_HOME=${LLAVA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
-source "$LLAVA_HOME/slurm/common.sh"
+source "$LLAVA_HOME/slurm/common.sh" || { echo "call sbatch from the repository, or set LLAVA_HOME to it" >&2; exit 1; }
 LLAVA_SELF=(slurm/merge.sh "$@")
 llava_enter "${LLAVA_SELF[@]}"
 

@@ -4,7 +4,7 @@
 # A job starts when the one before has ended, however that was, and looks for the file that the other writes last. An exit
 # code would not do: a launcher may return 0 for a run that was killed, and a job that is requeued has not ended.
 LLAVA_HOME=${LLAVA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
-source "$LLAVA_HOME/slurm/common.sh"
+source "$LLAVA_HOME/slurm/common.sh" || { echo "call sbatch from the repository, or set LLAVA_HOME to it" >&2; exit 1; }
 llava_load_settings
 
 submitted=()

@@ -23,7 +23,11 @@ stamp() {
   done
 }
 
-exec 3>>"$log" {out}> >(stamp 2>/dev/null)
+if ! { exec 3>>"$log"; } 2>/dev/null; then
+  echo "rank $SLURM_PROCID on $(hostname): $log cannot be written; LLAVA_RUNS has to be a folder that all nodes see" >&2
+  exit 1
+fi
+exec {out}> >(stamp 2>/dev/null)
 stamper=$!
 "$@" >&"$out" 2>&1 3>&- &
 exec 3>&- {out}>&-

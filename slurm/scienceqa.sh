@@ -6,7 +6,7 @@
 # The ScienceQA run, from what stage 1 left: sbatch slurm/scienceqa.sh [--set key=value ...]. Writes $LLAVA_RUNS/scienceqa.
 
 LLAVA_HOME=${LLAVA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
-source "$LLAVA_HOME/slurm/common.sh"
+source "$LLAVA_HOME/slurm/common.sh" || { echo "call sbatch from the repository, or set LLAVA_HOME to it" >&2; exit 1; }
 LLAVA_SELF=(slurm/scienceqa.sh "$@")
 llava_enter "${LLAVA_SELF[@]}"
 

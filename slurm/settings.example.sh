@@ -7,7 +7,7 @@
 # LLAVA_CONSTRAINT=a100
 # LLAVA_TIME=12:00:00            # a job saves and starts again when its time is over
 LLAVA_NODES=2
-LLAVA_GPUS_PER_NODE=8            # a rank for each; without GPUs give LLAVA_TASKS_PER_NODE
+LLAVA_GPUS_PER_NODE=8            # or a100:8; a rank for each; without GPUs give LLAVA_TASKS_PER_NODE
 # LLAVA_CPUS_PER_TASK=8
 # LLAVA_MEM=0                    # of a node; 0 is all of it
 # LLAVA_SBATCH="--exclusive"     # what else sbatch should be given; --signal=B:USR1@600 where a save takes minutes

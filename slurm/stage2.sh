@@ -6,7 +6,7 @@
 # Stage 2, end to end, from what stage 1 left: sbatch slurm/stage2.sh [--set key=value ...]. Writes $LLAVA_RUNS/stage2.
 
 LLAVA_HOME=${LLAVA_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
-source "$LLAVA_HOME/slurm/common.sh"
+source "$LLAVA_HOME/slurm/common.sh" || { echo "call sbatch from the repository, or set LLAVA_HOME to it" >&2; exit 1; }
 LLAVA_SELF=(slurm/stage2.sh "$@")
 llava_enter "${LLAVA_SELF[@]}"
 

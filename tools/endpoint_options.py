@@ -27,7 +27,8 @@ def _json_object(_context: click.Context, _option: click.Parameter, text: str | 
 
 OPTIONS = (
     click.option("--model", help="Name of the model that is asked."),
-    click.option("--base-url", default=OPENAI_URL, show_default=True, help="An OpenAI-compatible endpoint."),
+    click.option("--base-url", default=OPENAI_URL, show_default=True, envvar="OPENAI_BASE_URL", show_envvar=True,
+                 help="An OpenAI-compatible endpoint."),
     click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="NAME",
                  help="Environment variable with the key; a local server needs none."),
     click.option("--accept-model", "accept_models", multiple=True, metavar="NAME",

@@ -38,8 +38,8 @@ from llava_ds.starts import (
     Failure,
     Start,
     begin_start,
-    conclude,
     conclude_earlier,
+    conclude_from_ranks,
     list_starts,
     note_failure,
     read_failures,
@@ -111,20 +111,23 @@ def end(
 ) -> End:
     """Records how a start ended, and what is to be done now.
 
-    ``code`` is srun's. ``noticed``: the batch script had got a signal. ``left_to_slurm``: Slurm is ending the job, so
-    nothing is to be decided.
+    ``code`` is srun's. ``noticed``: the batch script had got a signal. ``left_to_slurm``: Slurm is ending the job, or
+    has started it elsewhere, so nothing is to be decided; whether the run is finished says nothing of this start then.
     """
-    found = End("finished") if is_finished(run_dir) else conclude(start.folder)
+    # Another start may have taken this one for lost while its ranks were still to speak.
+    told = start.end if start.end and start.end.reason != "lost" else conclude_from_ranks(start.folder)
+    found = End("finished") if is_finished(run_dir) and not left_to_slurm else told
     if found.reason == "lost" and noticed:
         found = replace(found, message="it was ended by a signal before it could save")
     elif found.reason == "lost":
         message = f"no rank said why it ended; srun's exit code was {code}. The batch script's output may say more"
         found = End("failed" if code else "lost", message)
-    write_end(start.folder, replace(found, step=last_step(run_dir)))
+    step = start.end.step if left_to_slurm and start.end else last_step(run_dir)
+    write_end(start.folder, replace(found, step=step))
     exclude = environ.get(EXCLUDE_VARIABLE) == "1"
     decision, why = decide_for(run_dir, start.facts, exclude)
-    ended = replace(found, step=last_step(run_dir), decision=decision, why=why)
-    if left_to_slurm and decision != "done":
+    ended = replace(found, step=step, decision=decision, why=why)
+    if left_to_slurm and found.reason != "finished":
         why = "Slurm ends the job: it was cancelled, or Slurm starts it again by itself"
         ended = replace(ended, decision=None, why=why)
     write_end(start.folder, ended)

@@ -65,6 +65,10 @@ def options_of(shown: Mapping[str, str], environ: Mapping[str, str]) -> list[str
         options.append(f"--ntasks={environ['SLURM_NTASKS']}")
     if shown.get("OverSubscribe") == "NO":
         options.append("--exclusive")
+    if shown.get("Requeue") == "0":
+        options.append("--no-requeue")
+    # Slurm does not show it.
+    options += [word for word in environ.get("LLAVA_SBATCH", "").split() if word.startswith("--signal=")]
     for key, option in _OPTIONS.items():
         value = shown.get(key, "(null)")
         if value in ("", "(null)", "N/A", "0", "UNLIMITED"):

@@ -25,12 +25,12 @@ def check_inputs(config: RunConfig) -> None:
         check_tower(config.model.vision_tower, config.model.vision_pretrained)
     except ConfigError as error:
         settings.append(str(error))
-    for source in config.data.sources():
+    for group, source in config.named_sources():
         is_local = "://" not in source.path and "{" not in source.path
         if is_local and not Path(source.path).exists():
-            files.append(f"data.path={source.path}: no such file or folder; give the training data")
+            files.append(f"{group}.path={source.path}: no such file or folder; give its data")
         if source.image_root is not None and not Path(source.image_root).is_dir():
-            files.append(f"data.image_root={source.image_root}: no such folder, so all image file(s) are missing")
+            files.append(f"{group}.image_root={source.image_root}: no such folder, so all image file(s) are missing")
     problems = "\n".join(settings + files)
     if files:
         raise DataError(problems)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from llava_ds.data.sampler import StepPlan
-from llava_ds.distributed import Ranks, gather_objects
+from llava_ds.distributed import Ranks
+from llava_ds.engine.agree import next_batches, raise_failure, sum_over_ranks, too_many_bad
 from llava_ds.engine.preemption import StopRequested
 from llava_ds.engine.training_state import Progress, seed_step
 from llava_ds.errors import ConfigError, DataError
@@ -51,11 +51,18 @@ class Guard(Protocol):
         """Whether this rank was asked to end."""
 
 
+class Evaluate(Protocol):
+    """What measures the model between steps (engine/evaluation.py). All ranks call it for every step."""
+
+    def __call__(self, engine: Any, step: int, guard: Guard) -> dict[str, Any]:
+        """The numbers after a step, or none when no evaluation is due. Raises as ``train`` does."""
+
+
 class Tracker(Protocol):
     """Where the numbers of a step go."""
 
     def log(self, record: dict[str, Any]) -> None:
-        """Takes one step's numbers."""
+        """Takes one step's numbers, with those of an evaluation after it; step 0 has only these."""
 
     def close(self) -> None:
         """Ends the run."""
@@ -85,8 +92,11 @@ def train(
     saver: StepSaver,
     progress: Progress,
     guard: Guard,
+    evaluate: Evaluate | None = None,
 ) -> Progress:
     """Runs every planned step from ``progress`` on and saves at the end (and every ``save_steps``).
+
+    What ``evaluate`` finds stands with the numbers of its step, as one record: a step that is saved has both.
 
     The loss of a step is the sum over its supervised tokens divided by their number over all ranks and
     micro-batches, so its gradients do not depend on how the step is split; with ``per_micro_batch`` every
@@ -99,13 +109,13 @@ def train(
     stream = iter(batches)
     engine.train()
     try:
+        if evaluate and not progress.step:
+            _log({"step": 0, **evaluate(engine, 0, guard)}, trackers, saver)
         for plan in plans:
             record = _train_step(engine, stream, plan, supervised_tokens, settings, saver, progress, guard)
-            try:
-                for tracker in trackers:
-                    tracker.log(record)
-            except OSError as error:  # of rank 0: the others hear of it with the next step
-                saver.fail(f"the numbers of step {progress.step} cannot be written: {error}")
+            if evaluate:
+                record |= evaluate(engine, progress.step, guard)
+            _log(record, trackers, saver)
             if settings.save_steps and progress.step % settings.save_steps == 0:
                 guard.enter("saving", progress.step)
                 saver.start(progress)
@@ -115,6 +125,14 @@ def train(
     guard.enter("saving", progress.step)
     saver.save_now(progress)
     return progress
+
+
+def _log(record: dict[str, Any], trackers: Sequence[Tracker], saver: StepSaver) -> None:
+    try:
+        for tracker in trackers:
+            tracker.log(record)
+    except OSError as error:  # of rank 0: the others hear of it with the next step
+        saver.fail(f"the numbers of step {record['step']} cannot be written: {error}")
 
 
 def _train_step(
@@ -132,12 +150,12 @@ def _train_step(
     lr = engine.get_lr()[0]
     rank = settings.ranks.rank
     guard.enter("reading data", step, [slot.index for row in plan.micro_batches for slot in row[rank]])
-    micro_batches, failure = _next_batches(stream, len(plan.micro_batches))
+    micro_batches, failure = next_batches(stream, len(plan.micro_batches))
     waited = time.perf_counter() - started
     guard.enter("agreeing that all have data", step, [name for batch in micro_batches for name in batch.sample_ids])
     num_supervised, num_bad = _agree(micro_batches, failure, saver, progress, settings, guard)
     num_seen = progress.samples_seen + len(plan.slots)
-    if _too_many_bad(progress.bad_samples + num_bad, num_seen, settings.max_bad_frac):
+    if too_many_bad(progress.bad_samples + num_bad, num_seen, settings.max_bad_frac):
         if progress.step:
             guard.enter("saving before the end", progress.step)
             saver.save_now(progress)
@@ -147,7 +165,9 @@ def _train_step(
     seed_step(settings.seed, step, rank)
     step_loss, num_tokens = _compute(engine, micro_batches, plan, step, num_supervised, settings, guard)
     guard.enter("adding up its numbers", step)
-    totals = _sum_over_ranks(torch.tensor([step_loss, num_tokens, waited], dtype=torch.float64), settings)
+    totals = sum_over_ranks(
+        torch.tensor([step_loss, num_tokens, waited], dtype=torch.float64), settings.ranks, settings.device
+    )
     progress.step = step
     progress.samples_seen += len(plan.slots)
     progress.tokens_seen += int(totals[1])
@@ -204,14 +224,6 @@ def _compute(
     return float(torch.stack(losses).double().sum()), num_tokens
 
 
-def _next_batches(stream: Iterator[Batch], count: int) -> tuple[list[Batch], DataError | None]:
-    """The micro-batches of a step, or what kept this rank from having them."""
-    try:
-        return [next(stream) for _ in range(count)], None
-    except DataError as error:
-        return [], error
-
-
 def _agree(
     batches: Sequence[Batch],
     failure: DataError | None,
@@ -227,7 +239,7 @@ def _agree(
     """
     counts = (sum(b.num_supervised for b in batches), sum(len(b.problems) for b in batches), int(failure is not None))
     votes = (*saver.votes(), int(guard.wants_stop()))
-    totals = _sum_over_ranks(torch.tensor((*counts, *votes), dtype=torch.float64), settings)
+    totals = sum_over_ranks(torch.tensor((*counts, *votes), dtype=torch.float64), settings.ranks, settings.device)
     num_supervised, num_bad, num_failed, num_saved, num_not_saved, num_asked = map(int, totals.tolist())
     if num_not_saved:
         guard.enter("saving what can be saved", progress.step)
@@ -237,11 +249,9 @@ def _agree(
         saver.save_now(progress)
         raise StopRequested(progress.step)
     if num_failed:
-        for rank, message in enumerate(gather_objects(settings.ranks, failure and str(failure))):
-            if message is not None:
-                where = f"rank {rank}: " if settings.ranks.world_size > 1 else ""
-                raise DataError(where + message, on_every_rank=True) from failure
+        raise_failure(settings.ranks, failure)
     return num_supervised, num_bad
+
 
 def _check_planned(planned: int, found: int) -> None:
     if planned != found:
@@ -251,11 +261,6 @@ def _check_planned(planned: int, found: int) -> None:
             "~/.cache/llava_ds) and the data's .index file, and start again.",
             on_every_rank=True,
         )
-
-
-def _too_many_bad(num_bad: int, num_seen: int, max_bad_frac: float) -> bool:
-    """The first ten are let pass, so that an early one does not end a run that allows for some."""
-    return num_bad > max(10 if max_bad_frac else 0, max_bad_frac * num_seen)
 
 
 def _bad_samples_error(num_bad: int, num_seen: int, step: int, max_bad_frac: float) -> DataError:
@@ -274,14 +279,6 @@ def _step_share(batch: Batch, plan: StepPlan, num_supervised: int, settings: Loo
         return 1.0 / max(1, num_supervised)
     num_filled = sum(bool(share) for row in plan.micro_batches for share in row)
     return 1.0 / (max(1, batch.num_supervised) * num_filled)
-
-
-def _sum_over_ranks(totals: torch.Tensor, settings: LoopSettings) -> torch.Tensor:
-    if settings.ranks.world_size == 1:
-        return totals
-    moved = totals.to(settings.device)
-    dist.all_reduce(moved)
-    return moved.cpu()
 
 
 def _grad_norm(engine: Any) -> float | None:

@@ -35,7 +35,7 @@ _MAY_CHANGE = {
     "model.vision_tower", "model.vision_pretrained", "model.llm", "model.attn_implementation", "model.splice",
     "model.gradient_checkpointing",
     "data.path", "data.image_root", "data.mixture.path", "data.mixture.image_root", "data.num_workers",
-    "data.feature_cache", "data.max_bad_frac", "data.packing",
+    "data.feature_cache", "data.max_bad_frac", "data.packing", "eval.path", "eval.image_root",
     "train.micro_batch_size", "train.micro_batch_tokens", "train.save_steps", "train.keep_last", "train.keep_every",
     "train.trial_save", "train.save_in_background", "train.hang_timeout_s",
 }
@@ -176,7 +176,9 @@ def check_same_run(point: ResumePoint, config: RunConfig, packing: str, ranks: R
         problems.append(
             f"{names}: {sizes[0]} in the run, {sizes[1]} now; train.loss_averaging=per_micro_batch needs them unchanged"
         )
-    for entry, old_entry in zip(config.data.sources(), point.run["data"], strict=False):
+    held_out = (point.run.get("eval") or {}).get("data")
+    old_entries = [*point.run["data"], *([held_out] if held_out else [])]
+    for (_, entry), old_entry in zip(config.named_sources(), old_entries, strict=False):
         hashes = (old_entry["xxh128"], hash_data(entry.path))
         if hashes[0] != hashes[1]:
             problems.append(f"{entry.path}: xxh128 {str(hashes[0])[:16]} in the run, {str(hashes[1])[:16]} now")

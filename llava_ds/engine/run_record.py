@@ -15,9 +15,10 @@ from typing import Any
 
 from llava_ds.checkpoint.layout import list_steps, replace_file
 from llava_ds.checkpoint.sources import describe_sources
-from llava_ds.config import RunConfig
+from llava_ds.config import RunConfig, SourceConfig
 from llava_ds.constants import FINISHED_MARKER
-from llava_ds.data.build import TrainingData
+from llava_ds.data.build import EvalData, TrainingData
+from llava_ds.data.sources.source import Source
 from llava_ds.distributed import Ranks
 from llava_ds.engine.resume import ResumePoint, hash_data, set_aside_newer
 from llava_ds.engine.run_lock import RunLock, check_not_held, hold_run
@@ -81,10 +82,10 @@ def start_run(
         "num_samples": plan.num_samples,
         "num_steps": plan.num_steps,
         "data": [
-            entry.model_dump()
-            | {"num_records": len(source), "fingerprint": source.fingerprint, "xxh128": hash_data(entry.path)}
+            _describe_source(entry, source)
             for entry, source in zip(config.data.sources(), plan.source.sources, strict=True)
         ],
+        "eval": _describe_eval(config, data.eval),
         "skipped": dict(data.skipped),
         "truncated": plan.lengths.num_cut(),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
@@ -100,9 +101,29 @@ def start_run(
         print(f"skipped {sum(data.skipped.values())} samples: {dict(data.skipped)}")
     if plan.lengths.num_cut():
         print(f"{plan.lengths.num_cut()} samples lose their end: longer than data.max_length={config.data.max_length}")
+    if data.eval is not None and config.eval is not None:
+        print(f"evaluates {len(data.eval.plan.indices)} held-out samples every {config.eval.steps} step(s)")
     if point is not None:
         print(f"resumed from {point.folder}: step {point.progress.step} of {plan.num_steps} is done")
     return lock
+
+
+def _describe_source(entry: SourceConfig, source: Source) -> dict[str, Any]:
+    facts = {"num_records": len(source), "fingerprint": source.fingerprint, "xxh128": hash_data(entry.path)}
+    return entry.model_dump() | facts
+
+
+def _describe_eval(config: RunConfig, held_out: EvalData | None) -> dict[str, Any] | None:
+    """What is evaluated, with data of its own (None: it is held out of those of training)."""
+    if held_out is None or config.eval is None:
+        return None
+    plan, entry = held_out.plan, config.eval.source()
+    return {
+        "num_samples": len(plan.indices),
+        "num_supervised_tokens": plan.num_supervised,
+        "data": entry and _describe_source(entry, plan.source),
+        "skipped": dict(plan.lengths.skipped()) if entry else {},
+    }
 
 
 def _claim(run_dir: Path, keep: bool = False) -> RunLock:

@@ -17,9 +17,11 @@ from llava_ds.checkpoint.lazy import LazyTensor
 from llava_ds.checkpoint.merge import trial_export
 from llava_ds.checkpoint.runs import open_run
 from llava_ds.config import RunConfig, TrainConfig
+from llava_ds.data.build import TrainingData
 from llava_ds.distributed import Ranks, gather_objects, run_on_main_alone, run_on_main_first
 from llava_ds.engine.deepspeed_backend import load_full_parameter
-from llava_ds.engine.loop import Tracker
+from llava_ds.engine.evaluation import Evaluator
+from llava_ds.engine.loop import LoopSettings, Tracker
 from llava_ds.engine.preemption import StopNotice
 from llava_ds.engine.resume import TRIAL_PREFIX, ResumePoint
 from llava_ds.engine.run_lock import RunLock
@@ -129,6 +131,13 @@ def build_guard(
     watchdog = Watchdog(ranks, timeout_s, notice, name_sample, partial(report.hung, ranks), by_stack)
     watchdog.start()
     return watchdog
+
+
+def build_evaluator(config: RunConfig, data: TrainingData, settings: LoopSettings) -> Evaluator | None:
+    """What evaluates during training; None where the recipe has no ``eval``."""
+    if config.eval is None or data.eval is None:
+        return None
+    return Evaluator(data.eval, config.eval.steps, data.plan.num_steps, settings)
 
 
 def build_trackers(run_dir: Path, num_steps: int, config: RunConfig, ranks: Ranks, num_done: int) -> list[Tracker]:

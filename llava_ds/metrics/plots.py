@@ -13,11 +13,14 @@ import matplotlib.pyplot as plt
 
 
 def plot_loss(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draws the loss over optimizer steps of every run into one PNG."""
+    """Draws the loss over optimizer steps of every run into one PNG, and where it was evaluated that as points."""
     figure, axes = plt.subplots(figsize=(6, 3.6), dpi=120)
     for name, records in runs.items():
-        steps = [record["step"] for record in records]
-        axes.plot(steps, [record["loss"] for record in records], label=name, linewidth=1)
+        (line,) = axes.plot(*_curve(records, "loss"), label=name, linewidth=1)
+        steps, losses = _curve(records, "eval_loss")
+        if steps:
+            axes.plot(steps, losses, "o--", color=line.get_color(), markersize=4, linewidth=1, alpha=0.7,
+                      label=f"{name}, held out")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per supervised token")
     axes.grid(alpha=0.3)
@@ -25,6 +28,11 @@ def plot_loss(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def _curve(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    known = [record for record in records if record.get(key) is not None]
+    return [record["step"] for record in known], [record[key] for record in known]
 
 
 def plot_lengths(report: Mapping[str, Any], path: Path) -> None:

@@ -46,7 +46,11 @@ class ProgressBar:
         )
 
     def log(self, record: dict[str, Any]) -> None:
-        """Shows loss, rate, speed and the share of time spent waiting for data."""
+        """Shows loss, rate, speed and the share of time spent waiting for data, and an evaluation as a line."""
+        if "eval_loss" in record:
+            self._print_evaluation(record)
+        if "loss" not in record:
+            return
         self.bar.set_postfix_str(
             f"loss {record['loss']:.4f} lr {record['lr']:.1e} {record['samples_per_s']:.0f} samples/s "
             f"{record['tokens_per_s']:.0f} tok/s data {record['data_wait_frac']:.0%}",
@@ -54,13 +58,20 @@ class ProgressBar:
         )
         self.bar.update(1)
 
+    def _print_evaluation(self, record: dict[str, Any]) -> None:
+        names = ("loss", "token_accuracy", "teacher_forced_exact")
+        numbers = {name: record[f"eval_{name}"] for name in names}
+        text = " ".join(f"{name} {'none' if value is None else f'{value:.4f}'}" for name, value in numbers.items())
+        samples = f"{record['eval_num_samples']} samples in {record['eval_s']:.1f} s"
+        self.bar.write(f"evaluation after step {record['step']}: {text} ({samples})", file=sys.stdout)
+
     def close(self) -> None:
         """Leaves the last line."""
         self.bar.close()
 
 
 class JsonlTracker:
-    """One JSON object a step in ``metrics.jsonl``.
+    """One JSON object a step in ``metrics.jsonl``; that of step 0 holds the evaluation before training.
 
     A run that goes on after ``num_done`` steps keeps their lines and drops later ones: no step stands twice. Lines that
     are missing are named.

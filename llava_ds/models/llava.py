@@ -75,10 +75,15 @@ class Llava(nn.Module):
                 **self._packed_attention(batch),
             ).logits[0]
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Sum of the cross entropy over the batch's supervised tokens, in fp32 (a scalar)."""
-        logits = self.logits(batch).float()
-        return F.cross_entropy(logits, batch.loss_labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    def forward(self, batch: Batch, per_token: bool = False) -> torch.Tensor:
+        """Sum of the cross entropy over the batch's supervised tokens, in fp32 (a scalar).
+
+        With ``per_token``, [2, K] in fp32: the cross entropy at every row of ``loss_rows``, and 1 where its token is
+        the likeliest one (both 0 where nothing is supervised).
+        """
+        logits, labels = self.logits(batch).float(), batch.loss_labels
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none" if per_token else "sum")
+        return torch.stack((losses, (logits.argmax(dim=-1) == labels).float())) if per_token else losses
 
     def _packed_attention(self, batch: Batch) -> dict[str, Any]:
         # Flash attention takes the sample boundaries; sdpa and eager read them from position_ids.

@@ -72,11 +72,17 @@ def sample_key(sample_id: str) -> int:
 def is_image_first(seed: int, epoch: Any, keys: Any) -> Any:
     """The coin of ``random`` placement, for one ``sample_key`` or arrays of keys [n] and of epochs [n].
 
-    One round of splitmix64 over (seed, epoch) and one over the key: the same bits on every machine.
+    The same bits on every machine.
     """
+    return (random_words(seed, epoch, keys) >> np.uint64(63)) == 0
+
+
+def random_words(seed: int, stream: Any, keys: Any) -> Any:
+    """64 random bits each for arrays of ``sample_key``s [n] and of streams [n] (or one): a function of (seed, stream,
+    key), by one round of splitmix64 over (seed, stream) and one over the key."""
     with np.errstate(over="ignore"):
-        start = _mix(np.uint64(seed % 2**64) * _ODD + np.asarray(epoch, dtype=np.uint64))
-        return (_mix(start ^ np.asarray(keys, dtype=np.uint64)) >> np.uint64(63)) == 0
+        start = _mix(np.uint64(seed % 2**64) * _ODD + np.asarray(stream, dtype=np.uint64))
+        return _mix(start ^ np.asarray(keys, dtype=np.uint64))
 
 
 def _mix(state: Any) -> Any:

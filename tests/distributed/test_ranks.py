@@ -1,13 +1,9 @@
 """Ranks wait for the work of rank 0 for as long as it takes, and hear of its failure."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from llava_ds.distributed import free_port
-from tests.helpers.launch import ROOT, clean_environ
+from tests.helpers.launch import assert_all_fine, fork_ranks
 
 JOB = """
 import os, time
@@ -40,22 +36,16 @@ flush_and_exit(0)
 def test_ranks_wait_for_rank_0_and_hear_of_its_failure(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(JOB)
-    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(done.stdout.splitlines()) == [
-        "0: ['done by 0', 'no such thing']",
-        "1: ['done by 1', 'rank 0 failed, so rank 1 stops: ConfigError: no such thing']",
+    ranks = fork_ranks(2, [str(script)])
+    assert_all_fine(ranks)
+    assert [rank.stdout for rank in ranks] == [
+        "0: ['done by 0', 'no such thing']\n",
+        "1: ['done by 1', 'rank 0 failed, so rank 1 stops: ConfigError: no such thing']\n",
     ]
 
 
 def test_ranks_that_differ_are_named_on_every_rank(tmp_path):
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
-    command += [str(Path(__file__).with_name("agree_job.py")), str(tmp_path)]
-    environ = clean_environ() | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert_all_fine(fork_ranks(2, [str(Path(__file__).with_name("agree_job.py")), str(tmp_path)]))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["gathered"] == second["gathered"] == [{"rank": 0}, {"rank": 1}]
     assert first["same"] == second["same"] == "fine: None"

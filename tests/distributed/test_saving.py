@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llava_ds.checkpoint.layout import find_damage, list_steps, step_dir, step_number
-from tests.helpers.launch import ROOT, TRAIN, clean_environ, read_lines, read_tensors
+from tests.helpers.launch import clean_environ, fork_alone, read_lines, read_tensors, train_script
 from tests.helpers.tiny import write_recipe, write_world
 
 
@@ -19,14 +19,8 @@ def world(tmp_path_factory) -> Path:
     return write_world(tmp_path_factory.mktemp("saving"))
 
 
-def _command(recipe: Path, run_dir: Path, *options: str) -> list[str]:
-    command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / "zero0.json")]
-    return [*command, "--recipe", str(recipe), "--run-dir", str(run_dir), *options]
-
-
 def _run(recipe: Path, run_dir: Path, *options: str) -> subprocess.CompletedProcess:
-    command = _command(recipe, run_dir, *options)
-    return subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=120)
+    return fork_alone(train_script(recipe, "zero0", run_dir, *options))
 
 
 def _steps(run_dir: Path) -> list[int]:
@@ -110,7 +104,7 @@ def test_a_disk_that_is_too_small_or_fills_up_ends_the_run_with_both_numbers(wor
         disk = world / name
         disk.mkdir()
         inside = ["sh", "-c", f'{mount}{also}"$@"; code=$?; ls "$0/run/checkpoints"; exit $code', str(disk), size,
-                  str(disk), *_command(recipe, disk / "run")]
+                  str(disk), sys.executable, *train_script(recipe, "zero0", disk / "run")]
         done = subprocess.run(["unshare", "-rm", *inside], env=clean_environ(), capture_output=True, text=True,
                               timeout=120)
         assert done.returncode == 1, done.stderr[-3000:]

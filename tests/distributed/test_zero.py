@@ -1,10 +1,12 @@
-"""ZeRO 0 to 3 on 1 and 2 ranks, with the real launcher: the same global batches give the same losses."""
+"""ZeRO 0 to 3 on 1 and 2 ranks: the same global batches give the same losses.
+
+Each stage above 0 is started by a launcher once: deepspeed, torchrun, srun. The other runs are forked ranks.
+"""
 
 import json
 import shutil
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,15 @@ import pytest
 from llava_ds.checkpoint.fragments import open_weights
 from llava_ds.checkpoint.layout import list_steps, step_dir, step_number
 from llava_ds.distributed import free_port
-from tests.helpers.launch import ROOT, TRAIN, clean_environ, launch, read_losses
+from tests.helpers.launch import (
+    assert_all_fine,
+    clean_environ,
+    fork_alone,
+    fork_ranks,
+    launch,
+    read_losses,
+    train_script,
+)
 from tests.helpers.tiny import write_recipe, write_world
 
 NUM_STEPS = 4
@@ -27,40 +37,45 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(world) -> list[float]:
-    done = launch(write_recipe(world), "zero0", 1, world / "reference")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert_all_fine(fork_ranks(1, train_script(write_recipe(world), "zero0", world / "reference")))
     losses = read_losses(world / "reference")
     assert len(losses) == NUM_STEPS
     assert losses[-1] < losses[1]  # step 0 has rate 0
     return losses
 
 
-@pytest.mark.parametrize(
-    ("zero", "num_ranks"),
-    [("zero0", 2), *product(("zero1", "zero2", "zero3"), (1, 2)), ("zero3_offload", 2)],
-)
-def test_losses_agree(world, reference, zero, num_ranks):
-    run_dir = world / f"{zero}-{num_ranks}"
-    done = launch(write_recipe(world), zero, num_ranks, run_dir)
-    assert done.returncode == 0, done.stderr[-3000:]
+def _assert_agrees(run_dir: Path, num_ranks: int, reference: list[float]) -> None:
     assert read_losses(run_dir) == pytest.approx(reference, abs=TOLERANCE)
     assert (run_dir / "loss.png").stat().st_size > 1000
     record = json.loads((run_dir / "run.json").read_text())
     assert (record["world_size"], record["num_samples"]) == (num_ranks, 11)
 
 
+@pytest.mark.parametrize(
+    ("zero", "num_ranks"), [("zero0", 2), ("zero1", 1), ("zero2", 1), ("zero3", 1), ("zero3_offload", 2)]
+)
+def test_losses_agree(world, reference, zero, num_ranks):
+    run_dir = world / f"{zero}-{num_ranks}"
+    assert_all_fine(fork_ranks(num_ranks, train_script(write_recipe(world), zero, run_dir)))
+    _assert_agrees(run_dir, num_ranks, reference)
+
+
+def test_the_deepspeed_launcher_starts_two_ranks_of_zero_3(world, reference):
+    done = launch(write_recipe(world), "zero3", 2, world / "zero3-2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    _assert_agrees(world / "zero3-2", 2, reference)
+
+
 def test_torchrun_starts_the_same_script(world, reference):
-    command = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), str(TRAIN)]
-    command += ["--deepspeed", str(ROOT / "ds_configs" / "zero1.json")]
-    command += ["--recipe", str(write_recipe(world)), "--run-dir", str(world / "torchrun")]
+    command = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    command += train_script(write_recipe(world), "zero2", world / "torchrun")
     done = subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert read_losses(world / "torchrun") == pytest.approx(reference, abs=TOLERANCE)
+    _assert_agrees(world / "torchrun", 2, reference)
 
 
 def test_the_variables_of_srun_alone_start_the_same_script(world, reference):
-    command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / "zero1.json")]
-    command += ["--recipe", str(write_recipe(world)), "--run-dir", str(world / "srun")]
+    command = [sys.executable, *train_script(write_recipe(world), "zero1", world / "srun")]
     step = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "9695", "MASTER_ADDR": "127.0.0.1"}
     tasks = [
         subprocess.Popen(
@@ -78,8 +93,7 @@ def test_the_variables_of_srun_alone_start_the_same_script(world, reference):
         for task in tasks:
             task.kill()
     assert [task.returncode for task in tasks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
-    assert read_losses(world / "srun") == pytest.approx(reference, abs=TOLERANCE)
-    assert json.loads((world / "srun" / "run.json").read_text())["world_size"] == 2
+    _assert_agrees(world / "srun", 2, reference)
 
 
 def test_a_picture_that_does_not_decode_is_named_by_a_worker_without_a_traceback(world):
@@ -104,21 +118,22 @@ def test_too_many_bad_pictures_end_the_run_on_every_rank_and_lose_no_step(world)
         (data / f"{number}.png").write_bytes(whole[: len(whole) // 2])  # begins as a picture does
     recipe = write_recipe(world, data__path=str(data / "train.json"), data__on_bad_sample="skip",
                           data__max_bad_frac=0.0, train__global_batch_size=2, train__micro_batch_size=1)
-    done = launch(recipe, "zero3", 2, world / "mostly_broken_run")
-    assert done.returncode != 0
-    assert done.stderr.count("data.max_bad_frac=0 allows") == 1
-    assert "Traceback" not in done.stderr
+    ranks = fork_ranks(2, train_script(recipe, "zero3", world / "mostly_broken_run"))
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    stderr = ranks[0].stderr + ranks[1].stderr
+    assert stderr.count("data.max_bad_frac=0 allows") == 1
+    assert "Traceback" not in stderr
     num_done = len(read_losses(world / "mostly_broken_run"))
     assert step_number(list_steps(world / "mostly_broken_run")[-1]) == num_done
-    assert (f"step {num_done} is saved" in done.stderr) == (num_done > 0)
+    assert (f"step {num_done} is saved" in stderr) == (num_done > 0)
 
 
 def test_stage_1_trains_the_projector_alone_and_stage_2_starts_from_it(world):
-    first = launch(write_recipe(world, train__trainable=["projector"]), "zero3", 2, world / "one")
-    assert first.returncode == 0, first.stderr[-3000:]
+    first = write_recipe(world, train__trainable=["projector"])
+    assert_all_fine(fork_ranks(2, train_script(first, "zero3", world / "one")))
     assert sorted(open_weights(step_dir(world / "one", NUM_STEPS))) == ["projector.bias", "projector.weight"]
-    second = launch(write_recipe(world, model__init_from=str(world / "one")), "zero2", 2, world / "two")
-    assert second.returncode == 0, second.stderr[-3000:]
+    second = write_recipe(world, model__init_from=str(world / "one"))
+    assert_all_fine(fork_ranks(2, train_script(second, "zero2", world / "two")))
     assert read_losses(world / "two")[0] < read_losses(world / "one")[0]
 
 
@@ -132,11 +147,11 @@ def test_a_second_run_sets_the_first_aside_and_skips_bad_records_with_a_count(wo
     records = json.loads((data / "train.json").read_text())
     (data / "train.json").write_text(json.dumps([*records, {"id": "empty", "conversations": []}]))
     recipe = write_recipe(world, data__path=str(data / "train.json"), data__on_bad_sample="skip", train__epochs=1)
-    command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / "zero0.json")]
-    command += ["--recipe", str(recipe), "--run-dir", str(world / "again")]
-    for _ in range(2):
-        done = subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]
+    script = train_script(recipe, "zero0", world / "again")
+    assert_all_fine([fork_alone(script)])
+    command = [sys.executable, *script]  # the second as a user starts it, without a launcher
+    done = subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert "held an earlier run" in done.stdout
     for run_dir in (world / "again", world / "again.1"):
         record = json.loads((run_dir / "run.json").read_text())
@@ -150,18 +165,11 @@ def test_a_second_run_sets_the_first_aside_and_skips_bad_records_with_a_count(wo
     assert f"id='s2': image {data / '2.png'} does not decode" in done.stdout
 
 
-def _run_alone(recipe: Path, zero: str, run_dir: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / f"{zero}.json")]
-    command += ["--recipe", str(recipe), "--run-dir", str(run_dir)]
-    return subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=120)
-
-
 def test_a_blind_run_leaves_the_feature_cache_to_those_that_see(world, reference):
     cache = {"data__feature_cache": str(world / "features")}
-    blind = _run_alone(write_recipe(world, model__zero_features=True, **cache), "zero0", world / "blind")
-    assert blind.returncode == 0, blind.stderr[-3000:]
-    seeing = _run_alone(write_recipe(world, **cache), "zero0", world / "cached")
-    assert seeing.returncode == 0, seeing.stderr[-3000:]
+    for name, changes in (("blind", {"model__zero_features": True}), ("cached", {})):
+        recipe = write_recipe(world, **changes, **cache)
+        assert_all_fine([fork_alone(train_script(recipe, "zero0", world / name))])
     assert read_losses(world / "cached") == pytest.approx(reference, abs=TOLERANCE)
     assert read_losses(world / "blind") != pytest.approx(reference, abs=100 * TOLERANCE)
 
@@ -169,15 +177,15 @@ def test_a_blind_run_leaves_the_feature_cache_to_those_that_see(world, reference
 def test_16_bit_training_takes_the_same_steps_at_every_zero_stage(world):
     losses = []
     for zero in ("zero0", "zero1"):
-        done = _run_alone(write_recipe(world, train__precision="bf16"), zero, world / f"bf16-{zero}")
-        assert done.returncode == 0, done.stderr[-3000:]
+        recipe = write_recipe(world, train__precision="bf16")
+        assert_all_fine([fork_alone(train_script(recipe, zero, world / f"bf16-{zero}"))])
         losses.append(read_losses(world / f"bf16-{zero}"))
     # Steps of bf16 weights are about 0.4 % wide; one more of Adam's steps was a difference of 0.04.
     assert losses[0] == pytest.approx(losses[1], abs=5e-3)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(world):
-    done = _run_alone(write_recipe(world, train__learning_rate=1e30), "zero0", world / "diverged")
+    done = fork_alone(train_script(write_recipe(world, train__learning_rate=1e30), "zero0", world / "diverged"))
     assert done.returncode == 1
     assert "ConfigError: the loss of step" in done.stderr
     assert "Traceback" not in done.stderr
@@ -198,9 +206,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(world):
 )
 def test_bad_input_ends_with_its_reason_and_leaves_nothing(world, options, message):
     run_dir = world / "bad"
-    command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / "ds_configs" / "zero0.json")]
-    command += ["--recipe", str(write_recipe(world)), "--run-dir", str(run_dir), *options]
-    done = subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=120)
+    done = fork_alone(train_script(write_recipe(world), "zero0", run_dir, *options))
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -29,7 +29,7 @@ def make_requests(count: int, first: int = 0) -> list[ChatRequest]:
     ]
 
 
-def make_client(folder: Path, base_url: str, timeout_s: float = 1.0, concurrency: int = CONCURRENCY) -> ChatClient:
+def make_client(folder: Path, base_url: str, timeout_s: float = 4.0, concurrency: int = CONCURRENCY) -> ChatClient:
     return ChatClient(
         Endpoint(base_url, timeout_s=timeout_s), ReplyCache(folder), Budget(PRICES), Limits(concurrency),
         RetryPolicy(max_tries=10, first_wait_s=0.05),
@@ -57,7 +57,7 @@ def recording(tmp_path_factory):
 
 def test_a_thousand_requests_under_faults(recording, tmp_path):
     requests = make_requests(1000)
-    with fault_proxy(recording, fault_frac=0.2, seed=1, hang_s=2.0) as proxy:
+    with fault_proxy(recording, fault_frac=0.2, seed=1, hang_s=6.0) as proxy:
         with make_client(tmp_path, proxy.base_url) as client:
             outcomes = list(client.ask(requests))
     assert sorted(outcome.request.id for outcome in outcomes) == sorted(request.id for request in requests)
@@ -107,7 +107,7 @@ def wait_for_good(proxy, count: int, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_ended_in_the_middle_only_what_is_missing_is_asked(recording, tmp_path, end):
     requests = make_requests(400)
-    with fault_proxy(recording, fault_frac=0.2, seed=2, hang_s=2.0) as proxy:
+    with fault_proxy(recording, fault_frac=0.2, seed=2, hang_s=6.0) as proxy:
         process = ask_in_a_process(tmp_path, proxy.base_url, len(requests))
         wait_for_good(proxy, 100, process)
         process.send_signal(end)

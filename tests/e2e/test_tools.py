@@ -15,6 +15,8 @@ from click.testing import CliRunner, Result
 from llava_ds.checkpoint.fragments import shard_names
 from llava_ds.inference.session import Sampling, Session, load_session
 from llava_ds.schema import Turn
+from tests.helpers.fork_server import Script, run_scripts
+from tests.helpers.launch import clean_environ
 from tests.helpers.tiny import write_run, write_world
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -31,11 +33,16 @@ def _start(tool: str, *options: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environ)
 
 
-def _finish(process: subprocess.Popen, stdin: str = "") -> str:
-    """What a command printed that went well."""
-    stdout, stderr = process.communicate(stdin, timeout=120)
-    assert process.returncode == 0, stderr
-    return stdout
+def _script(tool: str, *options: object, stdin: str = "") -> Script:
+    """The command as a process of its own."""
+    return Script([str(TOOLS / tool), *map(str, options)], clean_environ(), stdin)
+
+
+def _printed(*scripts: Script) -> list[str]:
+    """What commands printed that went well."""
+    done = run_scripts(scripts)
+    assert [one.returncode for one in done] == [0] * len(scripts), "\n".join(one.stderr for one in done)
+    return [one.stdout for one in done]
 
 
 def _invoke(tool: str, *options: object, stdin: str = "") -> Result:
@@ -92,7 +99,7 @@ def session(world) -> Session:
 def merged(world) -> Path:
     """The run, merged by the command."""
     out = world / "merged"
-    stdout = _finish(_start("merge_ckpt", world / "run", out))
+    (stdout,) = _printed(_script("merge_ckpt", world / "run", out))
     assert f"Try: tools/chat {out} --image FILE" in stdout
     assert (out / "COMPLETE").is_file()
     assert not list(world.glob(".*"))
@@ -102,15 +109,16 @@ def merged(world) -> Path:
 def test_chat_answers_one_question_or_a_conversation(world, session, merged):
     image = world / "data" / "0.png"
     options = (merged, "--image", image, "--max-new-tokens", 5)
-    once, several = _start("chat", *options, "--prompt", WHAT), _start("chat", *options)
+    once, several = _printed(
+        _script("chat", *options, "--prompt", WHAT), _script("chat", *options, stdin=f"{WHAT}\n{WHERE}\n\n")
+    )
     turns = [Turn("user", f"<image>\n{WHAT}")]
     first = _answer(session, turns, [image])
     assert first
-    assert _finish(once).strip() == first
+    assert once.strip() == first
     turns += [Turn("assistant", first), Turn("user", WHERE)]
     second = _answer(session, turns, [image])
-    lines = _finish(several, f"{WHAT}\n{WHERE}\n\n").split("you: ")
-    assert [line.strip() for line in lines] == ["", first, second, ""]
+    assert [line.strip() for line in several.split("you: ")] == ["", first, second, ""]
 
 
 def test_evaluate_prints_and_writes_the_same_scores(world, session, merged):
@@ -124,7 +132,7 @@ def test_evaluate_prints_and_writes_the_same_scores(world, session, merged):
     ]
     (world / "questions.json").write_text(json.dumps(questions))
     options = ("--questions", world / "questions.json", "--image-root", world / "data", "--json", world / "scores.json")
-    printed = json.loads(_finish(_start("evaluate", merged, *options)))
+    printed = json.loads(_printed(_script("evaluate", merged, *options))[0])
     assert printed == {"accuracy": {"name": 0.5, "place": 0.0}, "num_questions": {"name": 2, "place": 1}}
     written = json.loads((world / "scores.json").read_text())
     records = written.pop("records")

@@ -107,7 +107,7 @@ def write_recipe(root: Path, **changes) -> Path:
     }
     for key, value in changes.items():
         group, name = key.split("__")
-        raw[group][name] = value
+        raw.setdefault(group, {})[name] = value
     file = root / f"tiny-{len(list(root.glob('tiny-*.yaml')))}.yaml"
     file.write_text(json.dumps(raw))  # JSON is YAML
     return file

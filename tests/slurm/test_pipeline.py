@@ -30,7 +30,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
 
 
 def test_the_pipeline_goes_from_data_to_scores(tmp_path, cluster, settings):
-    chain = Job(cluster, tmp_path / "runs", settings)
+    chain = Job(cluster, tmp_path / "the chain's runs", settings)
     names = dict(line.removeprefix("job ").split(": ") for line in chain.submit_chain())
     assert list(names.values()) == ["generate", "stage1", "stage2", "merge", "evaluate"]
     *_, last = names

@@ -74,6 +74,25 @@ def preemption(world: World) -> None:
     assert job.ends() == [("stopped", "requeue"), ("finished", "done")]
 
 
+def not_requeued(world: World) -> None:
+    """A job that Slurm may not requeue is submitted anew, with what it asked for; what waits for it waits on."""
+    job = world.job("not requeued", flags="--no-requeue --signal=B:USR1@30")
+    output = world.root / "waiting"
+    waiting = world.cluster.sbatch(f"--dependency=afterany:{job.id}", f"--output={output}", "--wrap=date +%s.%N")
+    job.wait_for_step(15)
+    world.cluster.login("scancel", "--batch", "--signal=USR1", str(job.id))
+    job.wait()
+    first, second = job.starts()[0], job.wait_for_start(2)
+    job.id = int(second.facts["job"])
+    assert second.facts["succeeds"] == first.facts["job"] != second.facts["job"]
+    assert second.facts["step"] == first.end.step >= 15
+    job.wait()
+    assert job.ends() == [("stopped", "requeue"), ("finished", "done")]
+    assert world.cluster.job(job.id)["Requeue"] == "0"
+    world.cluster.wait_for_state(waiting, "COMPLETED", seconds=60)
+    assert float(output.read_text()) > job.starts()[1].end.time
+
+
 def node_crash(world: World) -> None:
     """A node loses its power; Slurm itself starts the job on others."""
     job = world.job("node crash")
@@ -143,7 +162,8 @@ def _kill_rank(cluster: Cluster, job: Job, signal: str) -> None:
     cluster.run_on(cluster.hosts(job.id)[1], "pkill", signal, "-f", f"^python llava_ds/train.py .*{job.run_dir}")
 
 
-SURVIVED: tuple[Callable[[World], None], ...] = (cut_link, node_crash, time_limit, preemption, rank_hangs)
+SURVIVED: tuple[Callable[[World], None], ...] = (cut_link, node_crash, time_limit, preemption, not_requeued,
+                                              rank_hangs)
 AT_ONCE = 4
 """Scenarios: more would only slow each other down, until Slurm's daemons wait too long for one another."""
 

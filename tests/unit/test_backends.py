@@ -116,7 +116,7 @@ def test_chosen_backends_are_printed_and_stand_in_the_run_record(tmp_path, capsy
     source = SimpleNamespace(sources=[_Source() for _ in config.data.sources()])
     plan = SimpleNamespace(num_samples=1, num_steps=1, source=source, lengths=SimpleNamespace(num_cut=lambda: 0))
     model = SimpleNamespace(vision_tower=SimpleNamespace(spec=SimpleNamespace(as_dict=dict)))
-    data = SimpleNamespace(plan=plan, skipped={})
+    data = SimpleNamespace(plan=plan, skipped={}, eval=None)
     lock = start_run(tmp_path / "run", config, {}, model, backends, {}, data, Ranks(0, 0, 1))
     lock.release()
     record = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -151,11 +151,35 @@ def test_a_batch_script_ends_its_own_start_whatever_began_since(tmp_path):
     assert list_starts(tmp_path)[1].end is None
 
 
+def test_a_start_that_was_cut_off_does_not_end_as_the_one_that_finished_elsewhere(tmp_path):
+    """Its batch script lives on behind the cut, and goes on when the run is finished."""
+    note_failure(begin(tmp_path, _environ("7")), Failure(0, "Hang", "rank 1 is gone", step=25))
+    begin(tmp_path, _environ("7", 1))
+    _save(tmp_path, 90)
+    (tmp_path / FINISHED_MARKER).write_text("")
+    first, second = list_starts(tmp_path)
+    ended = end(tmp_path, first, 137, {}, left_to_slurm=True)
+    assert (ended.reason, ended.decision, ended.message, ended.step) == ("hung", None, "rank 1 is gone", 25)
+    write_end(second.folder, End("finished"))
+    ended = end(tmp_path, list_starts(tmp_path)[1], 0, {}, left_to_slurm=True)  # cancelled after its last step
+    assert (ended.reason, ended.decision) == ("finished", "done")
+
+
 def test_a_job_that_has_to_stop_is_not_started_by_a_requeue_of_others(tmp_path):
     for restart in range(2):
         note_failure(begin(tmp_path, _environ("7", restart)), Failure(0, "Killed", "killed by signal 9"))
     with pytest.raises(ConfigError, match="failed the same way 2 times"):
         begin(tmp_path, _environ("7", 2))
+
+
+def test_a_start_that_was_taken_for_lost_tells_what_its_ranks_said_since(tmp_path):
+    """Of two jobs on one folder, the one that holds its lock records that the other is over before that has ended."""
+    folder = begin(tmp_path, _environ("7"))
+    write_end(folder, End("lost", "it ended without a word"))
+    note_failure(folder, Failure(0, "ConfigError", "a run is being written", host="node1"))
+    found = end(tmp_path, list_starts(tmp_path)[-1], 1, {})
+    assert (found.reason, found.decision) == ("failed", "stop")
+    assert found.message == "rank 0 on node1: ConfigError: a run is being written"
 
 
 def test_what_was_recorded_stays(tmp_path):

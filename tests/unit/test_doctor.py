@@ -31,6 +31,8 @@ from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.models.build import load_tokenizer
 from llava_ds.schema import Sample, StoredImage, Turn
+from tests.helpers.fork_server import Script, run_scripts
+from tests.helpers.launch import clean_environ
 from tests.helpers.tiny import write_llm
 
 TOOL = Path(__file__).parents[2] / "tools" / "doctor"
@@ -410,15 +412,15 @@ def test_lengths_and_waste_by_hand():
     assert expected_waste(columns, 4, 4)["packed"] == 1 - 100 / 160
 
 
-def _start(*options: object) -> subprocess.Popen:
+def _run(*options: object) -> subprocess.CompletedProcess:
     """The command as a user starts it."""
     command, environ = [sys.executable, str(TOOL), *map(str, options)], os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
+    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120)
 
 
-def _finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    stdout, stderr = process.communicate(timeout=120)
-    return process.returncode, stdout, stderr
+def _script(*options: object) -> Script:
+    """The command as a process of its own."""
+    return Script([str(TOOL), *map(str, options)], clean_environ())
 
 
 def _invoke(*options: object) -> Result:
@@ -436,14 +438,14 @@ def _write(folder: Path, records: list[dict]) -> Path:
 
 def test_command_on_a_clean_data_set(tmp_path, llm):
     file = _write(tmp_path, _clean(tmp_path, 40))
-    done = _start(
+    done = _run(
         file, "--tokenizer", llm, "--template", "short", "--num-patches", 9, "--max-length", 120,
         "--json", tmp_path / "report.json", "--plot", tmp_path / "lengths.png", "--world-size", 2,
         "--global-batch-size", 8, "--num-processes", 2, "--strict",
     )  # fmt: skip
-    code, stdout, stderr = _finish(done)
-    assert (code, stderr) == (0, "")
-    assert "40 of 40 records are good" in stdout and "WARNINGS" not in stdout and "NOTES" not in stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "40 of 40 records are good" in done.stdout
+    assert "WARNINGS" not in done.stdout and "NOTES" not in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) == {
         "version", "data", "settings", "num_good", "findings", "not_checked", "lengths", "waste", "num_processes",
@@ -472,13 +474,13 @@ def test_command_exit_codes(tmp_path):
     warned = _write(tmp_path / "warned", records)
     records[2]["image"] = "gone.png"
     faulty = _write(tmp_path, records)
-    started = [
-        _start(warned, "--strict", "--image-root", tmp_path), _start(faulty), _start(tmp_path / "gone.json"),
-    ]
-    strict, errors, unreadable = map(_finish, started)
-    assert strict[0] == 1 and "duplicate_id" in strict[1] and "no tokenizer was given" in strict[1]
-    assert errors[0] == 1 and "image_missing" in errors[1] and "2 of 3 records are good" in errors[1]
-    assert unreadable[0] == 2 and "no such file" in unreadable[2] and "Traceback" not in unreadable[2]
+    strict, errors, unreadable = run_scripts(
+        [_script(warned, "--strict", "--image-root", tmp_path), _script(faulty), _script(tmp_path / "gone.json")]
+    )
+    assert [strict.returncode, errors.returncode, unreadable.returncode] == [1, 1, 2]
+    assert "duplicate_id" in strict.stdout and "no tokenizer was given" in strict.stdout
+    assert "image_missing" in errors.stdout and "2 of 3 records are good" in errors.stdout
+    assert "no such file" in unreadable.stderr and "Traceback" not in unreadable.stderr
     assert _invoke(warned, "--image-root", tmp_path).exit_code == 0
     untouched = _invoke(faulty, "--no-images")
     assert untouched.exit_code == 0 and "left alone" in untouched.output

@@ -15,11 +15,14 @@ LAYERS = {
     "data": 3, "models": 3,
     "checkpoint": 4,
     "engine": 5, "inference": 5,
-    "evaluation": 6, "quickstart": 6, "cluster": 6,
+    "evaluation": 6, "datagen": 6, "quickstart": 6, "cluster": 6,
     "preparations": 7,
     "train": 8,
 }
-ONE_SITE = {"cuda", "deepspeed", "gguf", "flash_attn", "triton", "open_clip", "openai", "gradio", "wandb", "matplotlib"}
+ONE_SITE = {
+    "cuda", "deepspeed", "gguf", "flash_attn", "triton", "open_clip", "openai", "gradio", "wandb", "matplotlib",
+    "spacy",
+}
 # The quickstart runs the whole path, its own evaluation included.
 SIBLINGS_ALLOWED = {("quickstart", "evaluation")}
 

@@ -30,6 +30,8 @@ from llava_ds.data.sources.shards import open_shards
 from llava_ds.errors import BackendUnavailableError, ConfigError, DataError
 from llava_ds.schema import Sample, StoredImage, Turn
 from llava_ds.text.instructions import BRIEF_INSTRUCTIONS, draw_instruction
+from tests.helpers.fork_server import Script, run_scripts
+from tests.helpers.launch import clean_environ
 
 REPO = Path(__file__).parents[2]
 
@@ -638,17 +640,18 @@ def test_the_tool(tmp_path):
         for n, s in enumerate(samples)
     ]
     (tmp_path / "data.json").write_text(json.dumps([*records, {"id": "bad"}]))
-    command = [sys.executable, str(REPO / "tools/make_shards"), str(tmp_path / "data.json"), str(tmp_path / "out")]
+    script = [str(REPO / "tools/make_shards"), str(tmp_path / "data.json"), str(tmp_path / "out")]
     options = ["--samples-per-shard", "2", "--on-bad-sample", "skip"]
     done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPO)}
+        [sys.executable, *script, *options], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
     )
     assert done.returncode == 0, done.stderr
     assert "skipped 1: 'conversations' is no list" in done.stdout
     assert "4 samples with 4 images in 2 shard(s)" in done.stdout
     assert "5/5" in done.stderr  # the progress bar
     assert _content(open_shards(str(tmp_path / "out"))) == _content(samples)
-    again = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPO)})
+    (again,) = run_scripts([Script(script, clean_environ())])
     assert again.returncode == 1 and "ConfigError: " in again.stderr and "not an empty folder" in again.stderr
 
 

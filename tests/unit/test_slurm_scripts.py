@@ -54,16 +54,23 @@ def test_what_a_rank_said_itself_stays(tmp_path):
     assert [failure.error for failure in read_failures(tmp_path)] == ["DataError"]
 
 
+def test_a_rank_that_does_not_see_the_run_says_so_and_starts_nothing(tmp_path):
+    done = _rank(tmp_path / "elsewhere", 2, f"touch {tmp_path}/ran")
+    assert done.returncode == 1 and re.match("rank 2 on .*rank-00002.log cannot be written; LLAVA_RUNS", done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_job_is_submitted_anew_with_what_it_had_asked_for():
     shown = {
         "JobName": "llava-stage1", "Account": "(null)", "Partition": "gpu", "QOS": "N/A", "TimeLimit": "02:00:00",
         "TresPerNode": "gres:gpu:8", "OverSubscribe": "NO", "Features": "(null)", "MinMemoryNode": "0",
-        "StdOut": "/x/%j",
+        "StdOut": "/x/%j", "Requeue": "0",
     }
-    environ = {"SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS_PER_NODE": "8"}
+    environ = {"SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS_PER_NODE": "8",
+               "LLAVA_SBATCH": "--nodelist=node[1-4] --signal=B:USR1@600"}
     assert options_of(shown, environ) == [
-        "--nodes=4", "--ntasks-per-node=8", "--exclusive", "--job-name=llava-stage1", "--partition=gpu",
-        "--time=02:00:00", "--gres=gpu:8", "--output=/x/%j",
+        "--nodes=4", "--ntasks-per-node=8", "--exclusive", "--no-requeue", "--signal=B:USR1@600",
+        "--job-name=llava-stage1", "--partition=gpu", "--time=02:00:00", "--gres=gpu:8", "--output=/x/%j",
     ]
 
 
@@ -72,14 +79,49 @@ def test_the_new_job_does_not_get_the_old_ones_variables():
     assert clean_environ(old, "7") == {"SLURM_CONF": "/etc/slurm.conf", "HOME": "/h", "LLAVA_DS_SUCCEEDS": "7"}
 
 
+def _environ(folder: Path, settings: str, **given: str) -> dict[str, str]:
+    """Of a user with a settings file."""
+    (folder / "settings.sh").write_text(settings)
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "LLAVA_"))}
+    facts = {"LLAVA_HOME": SLURM.parent, "LLAVA_SETTINGS": folder / "settings.sh", "LLAVA_RUNS": folder / "runs"}
+    return own | {key: str(value) for key, value in facts.items()} | given
+
+
 @pytest.mark.parametrize(("given", "expected"), [({}, "4"), ({"LLAVA_NODES": "9"}, "9")])
 def test_the_environment_wins_over_the_settings(tmp_path, given, expected):
-    settings = tmp_path / "settings.sh"
-    settings.write_text("LLAVA_NODES=4\nLLAVA_TIME='1-00:00:00'\n")
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "LLAVA_"))} | {
-        "LLAVA_HOME": str(SLURM.parent), "LLAVA_SETTINGS": str(settings), "LLAVA_RUNS": str(tmp_path / "runs"), **given,
-    }
+    environ = _environ(tmp_path, "LLAVA_NODES=4\nLLAVA_TIME='1-00:00:00'\n", **given)
     script = 'source "$LLAVA_HOME/slurm/common.sh"; llava_load_settings; echo "$LLAVA_NODES $LLAVA_TIME"'
     done = subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True, timeout=30)
     assert done.stdout == f"{expected} 1-00:00:00\n", done.stderr
     assert (tmp_path / "runs").is_dir()
+
+
+def test_a_setting_of_several_lines_comes_back_from_the_environment_as_it_was(tmp_path):
+    """A job reads the settings again, which its environment holds already."""
+    environ = _environ(tmp_path, "LLAVA_SETUP='echo one\necho \"two $((1 + 1))\"'\n")
+    script = 'source "$LLAVA_HOME/slurm/common.sh"; llava_load_settings; llava_load_settings; eval "$LLAVA_SETUP"'
+    done = subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("one\ntwo 2\n", "")
+
+
+SBATCH = """#!/bin/bash
+echo "$*" >>"$ASKED"
+wc -l <"$ASKED"
+"""
+
+
+@pytest.mark.parametrize("gpus", ["8", "a100:8"])
+def test_the_chain_asks_for_as_many_tasks_as_gpus_where_a_model_runs(tmp_path, gpus):
+    """Of an sbatch that only notes what it is asked for; GPUs may be of a type."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(SBATCH)
+    sbatch.chmod(0o755)
+    environ = _environ(tmp_path, f"LLAVA_NODES=2\nLLAVA_GPUS_PER_NODE={gpus}\n", ASKED=str(tmp_path / "asked"))
+    environ["PATH"] = f"{tmp_path}:{environ['PATH']}"
+    done = subprocess.run([SLURM / "pipeline.sh"], env=environ, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    sizes = [re.findall(r"--(nodes|ntasks-per-node|gpus-per-node)=(\S+)", line)
+             for line in (tmp_path / "asked").read_text().splitlines()]
+    large = [("nodes", "2"), ("ntasks-per-node", "8"), ("gpus-per-node", gpus)]
+    small = [("nodes", "1"), ("ntasks-per-node", "1")]
+    assert sizes == [small, large, large, small, large]
