@@ -58,12 +58,10 @@ class PredictionFile:
             raise ConfigError("\n".join([f"{self.file} holds answers of other settings:", *differing, f"  {advice}"]))
 
     def _read(self) -> dict[str, str]:
-        """Answers of the whole file and of all parts; a part's last line may be cut off."""
+        """Answers of the whole file and of all parts."""
         answers: dict[str, str] = {}
         for part in sorted(self._parts.glob("*.jsonl")):
-            for line in part.read_bytes().split(b"\n")[:-1]:
-                record = json.loads(line)
-                answers[record["id"]] = record["text"]
+            answers |= _read_part(part)
         if self.file.is_file():
             try:
                 records = [json.loads(line) for line in self.file.read_text().splitlines()]
@@ -83,6 +81,18 @@ class PredictionFile:
         """Writes the whole file and removes the parts."""
         replace_file(self.file, "".join(json.dumps(record) + "\n" for record in records))
         shutil.rmtree(self._parts)
+
+
+def _read_part(file: Path) -> dict[str, str]:
+    """The whole lines of a part. Where a process or a machine died in a line, its question is asked again."""
+    answers = {}
+    for line in file.read_bytes().split(b"\n"):
+        try:
+            record = json.loads(line)
+            answers[record["id"]] = record["text"]
+        except ValueError:
+            continue
+    return answers
 
 
 class Part:

@@ -101,7 +101,7 @@ def test_what_was_answered_is_not_asked_again(tmp_path, session, questions):
     assert kept.begin() == {}
     with kept.part(5) as part:  # of a launch on more ranks, which was killed while it wrote
         part.add({"q2": "kept", "q4": "kept too"})
-        part._handle.write('{"id": "q5", "te')
+        part._handle.write('\0\0\0\n{"id": "q5", "te')
     asked = []
 
     class Watched:

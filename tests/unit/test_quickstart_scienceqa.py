@@ -1,7 +1,7 @@
 """The problems in ScienceQA's layout: read by the source of the original, of every kind, and with one right answer."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -64,7 +64,7 @@ def test_pictures_of_the_test_split_are_in_the_unseen_style(written, problems):
     colours = Counter()
     for pid, problem in problems.items():
         if problem["image"]:
-            red, green, blue = Image.open(written / "images" / problem["split"] / pid / "image.png").getpixel((12, 12))
+            red, green, blue = Image.open(written / "images" / problem["split"] / pid / "image.png").getpixel((4, 4))
             if (red, green, blue) != (255, 255, 255):  # the empty part of a map
                 colours[problem["split"], "red" if red > blue else "blue"] += 1
     assert set(colours) == {("train", "red"), ("val", "red"), ("test", "blue")}
@@ -83,30 +83,51 @@ def test_contexts_choices_and_grades_are_mixed(problems):
     assert {len(problem["choices"]) for problem in values} == {2, 3, 4, 5}
     assert {problem["grade"] for problem in values} == {f"grade{number}" for number in range(1, 13)}
     assert len({(bool(problem["image"]), bool(problem["hint"])) for problem in values}) == 4
-    answers = Counter(problem["answer"] for problem in values)
-    assert set(answers) == set(range(5)) and answers[0] < 0.5 * len(problems)
 
 
-def test_one_choice_is_right_and_the_reasons_name_it(problems):
-    kinds = Counter()
-    subcategory = {concept.name: concept.subcategory for concept in load_concepts()}
+def test_guessing_is_right_once_in_as_many_times_as_there_are_choices(problems):
+    answers: dict[tuple[str, int], Counter] = defaultdict(Counter)
+    for problem in problems.values():
+        answers[problem["skill"], len(problem["choices"])][problem["answer"]] += 1
+    assert len(answers) == len(KINDS)
+    for (skill, num_choices), counts in answers.items():
+        assert set(counts) == set(range(num_choices)), skill
+        number = sum(counts.values())
+        spread = 4 * (number * (1 - 1 / num_choices) / num_choices) ** 0.5  # four standard deviations
+        assert max(counts.values()) < number / num_choices + spread, (skill, counts)
+
+
+def test_the_right_choice_is_right_and_the_reasons_name_it(problems):
+    concepts = {concept.name: concept for concept in load_concepts()}
+    checked = Counter()
     for pid, problem in problems.items():
         choices, right = problem["choices"], problem["choices"][problem["answer"]]
         assert len(set(choices)) == len(choices)
-        assert right in problem["solution"]
         question, answer = format_problem(problem, "QCM-LEA", pid)
         letter = "ABCDE"[problem["answer"]]
+        assert right in problem["solution"]
         assert f"({letter}) {right}" in question and answer.endswith(f"The answer is {letter}.")
-        if problem["skill"] == "Find a word":
-            kinds["word"] += 1
-            words = problem["hint"].split(", ")
-            assert [choice for choice in choices if choice in words] == [right]
-        if problem["skill"] == "Identify things of a kind":
-            kinds["thing"] += 1
-            kind = problem["question"].removeprefix("What is ").removesuffix("?")
-            assert [choice for choice in choices if subcategory[choice] == kind] == [right]
-        if problem["skill"] == "Find a place in a text":
-            kinds["place"] += 1
-            thing = problem["question"].removeprefix("Where is the ").removesuffix("?")
-            assert f"{right} {thing}" in problem["hint"].split(", ")
-    assert min(kinds.values()) > 50 and len(kinds) == 3
+        checked[problem["skill"]] += 1
+        match problem["skill"]:
+            case "Sort words":
+                name = problem["question"].removeprefix("Is ").removesuffix(" nature or food?")
+                assert concepts[name].category == right
+            case "Identify things":
+                name = problem["question"].removeprefix("What is ").removesuffix("?")
+                assert concepts[name].subcategory.split()[0] == right
+            case "Find a place":
+                name = problem["question"].removeprefix("Where is the ").removesuffix("?")
+                assert problem["hint"] == f"{right} {name}"
+            case "Count words":
+                assert len(problem["hint"].split(", ")) == int(right)
+    assert len(checked) == len(KINDS) and min(checked.values()) > 50
+
+
+def test_a_map_shows_as_many_things_as_are_right(written, problems):
+    counts = Counter()
+    for pid, problem in problems.items():
+        if problem["skill"] == "Read a map":
+            picture = Image.open(written / "images" / problem["split"] / pid / "image.png")
+            corners = [picture.getpixel((x, y)) for x in (4, 12) for y in (4, 12)]
+            counts[sum(corner != (255, 255, 255) for corner in corners), problem["answer"] + 1] += 1
+    assert set(counts) == {(number, number) for number in range(1, 5)}

@@ -25,7 +25,7 @@ from llava_ds.quickstart.prepare import Log, read_sources
 from llava_ds.quickstart.prepare import prepare as prepare_quickstart
 from llava_ds.quickstart.scienceqa.problems import KINDS, Draw, Problem
 
-NUM_PROBLEMS = {"train": 6300, "val": 210, "test": 630}
+NUM_PROBLEMS = {"train": 4200, "val": 210, "test": 630}
 NUM_MINI = 70
 
 

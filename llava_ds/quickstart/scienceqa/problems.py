@@ -1,7 +1,8 @@
 """Problems with ScienceQA's fields about the quickstart's concepts, in three subjects, with a picture, a text, or none.
 
-Every kind of problem is a function of (random numbers, concepts, a way to draw one). Solutions name the right choice,
-so that a small LLM has a reason to look for it among the options.
+Every kind of problem is a function of (random numbers, concepts, a way to draw one). Right choices are equally
+frequent, so that guessing is right once in as many times as there are choices. The choices of a kind are always the
+same in the same order: to look up which letter stands before a text is more than two layers learn in minutes (tried).
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from PIL import Image
 from llava_ds.quickstart.concepts import Concept
 from llava_ds.quickstart.scenes import PLACES
 
-MOST_CHOICES = 5
+LIVING = ("animal bird", "animal bug", "animal mammal", "food fruit", "plant flower")
+GROUPS = ("animal", "drink", "food", "plant")
+CATEGORIES = ("nature", "food")
+NUMBERS = ("1", "2", "3", "4")
 
 Draw = Callable[[Concept], Image.Image]
 
@@ -41,97 +45,89 @@ Kind = Callable[[random.Random, Sequence[Concept], Draw], Problem]
 
 
 def kind_of_picture(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
-    """A picture, no text: which kind of thing it shows."""
-    concept = rng.choice(concepts)
-    choices, answer = _choices(rng, concept.subcategory, sorted({other.subcategory for other in concepts}))
+    """A picture, no text: which of five kinds of living things it shows."""
+    kind = rng.choice(LIVING)
+    concept = rng.choice([concept for concept in concepts if concept.subcategory == kind])
     return Problem(
-        "natural science", "biology", "Classification", "Identify the kind in a picture", "Which kind is this?",
-        choices, answer, f"This is {concept.subcategory}.", "Look at the picture.", picture=draw(concept),
+        "natural science", "biology", "Classification", "Identify kinds in pictures", "Which kind is this?",
+        LIVING, LIVING.index(kind), f"This is {kind}.", "Look at the picture.", picture=draw(concept),
     )
 
 
 def category_of_picture(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
     """A picture and a text: nature or food."""
-    concept = rng.choice(concepts)
-    choices, answer = _choices(rng, concept.category, ("nature", "food"))
+    concept = _of_category(rng, concepts)
     return Problem(
-        "natural science", "biology", "Classification", "Sort pictures", "Nature or food?", choices, answer,
-        f"This is {concept.category}.", "Look at the picture.", "The picture shows one thing.", draw(concept),
+        "natural science", "biology", "Classification", "Sort pictures", "Nature or food?", CATEGORIES,
+        CATEGORIES.index(concept.category), f"This is {concept.category}.", "Look at the picture.",
+        "The picture shows one thing.", draw(concept),
     )
 
 
-def thing_of_a_kind(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
-    """Neither picture nor text: which of some things is of a kind."""
-    concept = rng.choice(concepts)
-    others = [other.name for other in concepts if other.subcategory != concept.subcategory]
-    choices, answer = _choices(rng, concept.name, others)
+def group_of_a_thing(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
+    """Neither picture nor text: what a thing is."""
+    group = rng.choice(GROUPS)
+    concept = rng.choice([concept for concept in concepts if concept.subcategory.split()[0] == group])
     return Problem(
-        "natural science", "biology", "Classification", "Identify things of a kind",
-        f"What is {concept.subcategory}?", choices, answer, f"{concept.name}, {concept.subcategory}.",
+        "natural science", "biology", "Classification", "Identify things", f"What is {concept.name}?", GROUPS,
+        GROUPS.index(group), f"{concept.name}, {concept.subcategory}.",
     )
 
 
-def place_on_a_map(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
-    """A picture, no text: in which corner of a map its one thing stands."""
-    place = rng.choice(PLACES)
-    choices, answer = _choices(rng, place, PLACES)
+def things_on_a_map(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
+    """A picture, no text: how many things a map shows."""
+    number = rng.randint(1, len(PLACES))
+    pictures = [draw(concept) for concept in rng.sample(concepts, number)]
     return Problem(
-        "social science", "geography", "Maps", "Read a map", "Where is it on the map?", choices, answer,
-        f"It is {place}.", "Look at the map.", picture=_on_map(draw(rng.choice(concepts)), place),
+        "social science", "geography", "Maps", "Read a map", "How many things are on the map?", NUMBERS, number - 1,
+        f"It shows {number}.", "Look at the map.", picture=_map(pictures, rng.sample(PLACES, number)),
     )
 
 
 def place_in_a_text(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
-    """A text, no picture: where one of two things stands."""
-    things, places = rng.sample(concepts, 2), rng.sample(PLACES, 2)
-    choices, answer = _choices(rng, places[0], PLACES)
-    phrases = [f"{place} {thing.name}" for place, thing in zip(places, things, strict=True)]
-    rng.shuffle(phrases)
+    """A text, no picture: where a thing stands."""
+    name, place = rng.choice(concepts).name, rng.choice(PLACES)
     return Problem(
-        "social science", "geography", "Maps", "Find a place in a text", f"Where is the {things[0].name}?", choices,
-        answer, f"It is {places[0]}.", hint=", ".join(phrases),
+        "social science", "geography", "Maps", "Find a place", f"Where is the {name}?", PLACES, PLACES.index(place),
+        f"It is {place}.", hint=f"{place} {name}",
     )
 
 
-def word_of_a_text(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
-    """A text, no picture: which word stands in it."""
-    in_text, *others = (concept.name for concept in rng.sample(concepts, MOST_CHOICES + 2))
-    choices, answer = _choices(rng, in_text, others)
-    unused = next(name for name in others if name not in choices)
-    hint = ", ".join(rng.sample([in_text, unused], 2))
+def words_of_a_text(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
+    """A text, no picture: how many words its list has."""
+    number = rng.randint(1, 3)
     return Problem(
-        "language science", "reading-comprehension", "Details", "Find a word", "Which word is in the text?", choices,
-        answer, f"It is {in_text}.", hint=hint,
+        "language science", "reading-comprehension", "Lists", "Count words", "How many names are listed?", NUMBERS[:3],
+        number - 1, f"It lists {number}.", hint=", ".join(concept.name for concept in rng.sample(concepts, number)),
     )
 
 
-def word_of_a_category(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
-    """Neither picture nor text: which word names food, or nature."""
-    concept = rng.choice(concepts)
-    choices, answer = _choices(rng, concept.name, [c.name for c in concepts if c.category != concept.category])
+def category_of_a_word(rng: random.Random, concepts: Sequence[Concept], draw: Draw) -> Problem:
+    """Neither picture nor text: whether a word names nature or food."""
+    concept = _of_category(rng, concepts)
     return Problem(
-        "language science", "vocabulary", "Meanings", "Sort words", f"Which word is {concept.category}?", choices,
-        answer, f"{concept.name}, {concept.category}.",
+        "language science", "vocabulary", "Meanings", "Sort words", f"Is {concept.name} nature or food?",
+        CATEGORIES, CATEGORIES.index(concept.category), f"{concept.name}, {concept.category}.",
     )
 
 
 KINDS: tuple[Kind, ...] = (
-    kind_of_picture, category_of_picture, thing_of_a_kind, place_on_a_map, place_in_a_text, word_of_a_text,
-    word_of_a_category,
+    kind_of_picture, category_of_picture, group_of_a_thing, things_on_a_map, place_in_a_text, words_of_a_text,
+    category_of_a_word,
 )
 
 
-def _choices(rng: random.Random, right: str, wrong: Sequence[str]) -> tuple[tuple[str, ...], int]:
-    """Two to five choices in random order, ``right`` and some of the others, and where ``right`` stands."""
-    others = [text for text in dict.fromkeys(wrong) if text != right]
-    choices = [right, *rng.sample(others, min(rng.randint(1, MOST_CHOICES - 1), len(others)))]
-    rng.shuffle(choices)
-    return tuple(choices), choices.index(right)
+def _of_category(rng: random.Random, concepts: Sequence[Concept]) -> Concept:
+    """A concept; both categories are as likely."""
+    category = rng.choice(CATEGORIES)
+    return rng.choice([concept for concept in concepts if concept.category == category])
 
 
-def _on_map(picture: Image.Image, place: str) -> Image.Image:
-    size = picture.width
-    canvas = Image.new("RGB", picture.size, "white")
-    corner = (size // 2 if "right" in place else 0, size // 2 if "bottom" in place else 0)
-    canvas.paste(picture.resize((size // 2, size // 2), Image.Resampling.LANCZOS), corner)
+def _map(pictures: Sequence[Image.Image], places: Sequence[str]) -> Image.Image:
+    """Pictures at half their size, each in its corner."""
+    size = pictures[0].width
+    canvas = Image.new("RGB", (size, size), "white")
+    for picture, place in zip(pictures, places, strict=True):
+        corner = (size // 2 if "right" in place else 0, size // 2 if "bottom" in place else 0)
+        canvas.paste(picture.resize((size // 2, size // 2), Image.Resampling.LANCZOS), corner)
     return canvas
