@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from llava_ds.checkpoint.fragments import STEP_FILE, shard_names
 from llava_ds.checkpoint.initial import InitialWeights
-from llava_ds.checkpoint.layout import commit, step_dir, sync_to_disk
+from llava_ds.checkpoint.layout import commit, step_dir
 from llava_ds.checkpoint.lazy import LazyTensor, in_memory
 from llava_ds.checkpoint.sources import describe_sources
 from llava_ds.checkpoint.writer import write_safetensors
 from llava_ds.config import parse_config
+from llava_ds.durable import sync_to_disk
 from llava_ds.models.projector import build_projector
 from llava_ds.models.vision_tower import TowerSpec, build_tower_from_spec
 from llava_ds.quickstart.language import train_sentencepiece

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from llava_ds.api.messages import ChatReply, ChatRequest
+from llava_ds.durable import sync_to_disk
 from llava_ds.errors import ConfigError, DataError
 
 REPLIES_FILE, LOCK_FILE = "replies.jsonl", "lock"
@@ -103,7 +104,7 @@ class ReplyCache:
         if os.fstat(handle).st_size < len(_HEADER):  # new, or cut off when it was new
             os.ftruncate(handle, 0)
             self._append(handle, _HEADER)
-            _sync(self.folder)
+            sync_to_disk(self.folder)
         elif not content_ends:
             self._append(handle, b"\n")  # so that the next reply starts a line of its own
 
@@ -171,11 +172,3 @@ def _hold(file: Path, log: Callable[[str], None]) -> IO[str]:
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

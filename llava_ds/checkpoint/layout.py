@@ -11,7 +11,6 @@ written is found, and named.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from llava_ds.constants import COMPLETE_MARKER
+from llava_ds.durable import sync_to_disk
 from llava_ds.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
@@ -194,24 +194,6 @@ def remove_folder(folder: Path) -> None:
     """Removes a checkpoint, its mark first: what is left of a removal that was cut off is never taken for whole."""
     (folder / COMPLETE_MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Writes a file such that it holds the old text or the new one, whatever happens."""
-    partial = file.with_name(f".{file.name}")
-    partial.write_text(text)
-    sync_to_disk(partial)
-    partial.rename(file)
-    sync_to_disk(file.parent)
-
-
-def sync_to_disk(path: Path) -> None:
-    """Returns when a file, or the list of names in a folder, is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_ds.checkpoint.layout import sync_to_disk
 from llava_ds.checkpoint.writer import Progress
+from llava_ds.durable import sync_to_disk
 from llava_ds.errors import CheckpointError
 
 _SPARE_BYTES = 64 << 20  # tokenizer and configs

@@ -12,9 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llava_ds.checkpoint.layout import replace_file, sync_to_disk
 from llava_ds.constants import COMPLETE_MARKER, IMAGE_PLACEHOLDER
 from llava_ds.datagen.reply import Pair
+from llava_ds.durable import replace_file, sync_to_disk
 from llava_ds.errors import ConfigError
 
 CACHE_FOLDER = "cache"

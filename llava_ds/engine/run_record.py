@@ -13,13 +13,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from llava_ds.checkpoint.layout import list_steps, replace_file
+from llava_ds.checkpoint.layout import list_steps
 from llava_ds.checkpoint.sources import describe_sources
 from llava_ds.config import RunConfig, SourceConfig
 from llava_ds.constants import FINISHED_MARKER
 from llava_ds.data.build import EvalData, TrainingData
 from llava_ds.data.sources.source import Source
 from llava_ds.distributed import Ranks
+from llava_ds.durable import replace_file
 from llava_ds.engine.resume import ResumePoint, hash_data, set_aside_newer
 from llava_ds.engine.run_lock import RunLock, check_not_held, hold_run
 from llava_ds.engine.training_state import Progress

@@ -26,10 +26,10 @@ from llava_ds.checkpoint.layout import (
     remove_folder,
     step_dir,
     step_number,
-    sync_to_disk,
 )
 from llava_ds.checkpoint.writer import write_safetensors
 from llava_ds.distributed import Ranks, gather_objects
+from llava_ds.durable import sync_to_disk
 from llava_ds.engine.deepspeed_backend import full_shape, trained_parameters
 from llava_ds.engine.optimizer_state import Place, find_misplaced, live_fragments, optimizer_steps, own_places
 from llava_ds.engine.training_state import Progress, describe_state

@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_ds.api.client import ChatClient
 from llava_ds.api.options import ClientOptions
-from llava_ds.checkpoint.layout import replace_file
+from llava_ds.durable import replace_file
 from llava_ds.evaluation.judge import Judgement, Plan, by_answers
 from llava_ds.evaluation.judge_prompts import JudgeRule
 from llava_ds.evaluation.judge_summary import compare, summarize

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from llava_ds.checkpoint.layout import replace_file
+from llava_ds.durable import replace_file
 from llava_ds.errors import ConfigError, DataError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from llava_ds.api.dry_run import estimate
 from llava_ds.api.messages import ChatReply, ChatRequest
 from llava_ds.api.options import open_client
-from llava_ds.checkpoint.layout import replace_file
+from llava_ds.durable import replace_file
 from llava_ds.evaluation.scienceqa_answers import Answer
 from llava_ds.evaluation.scienceqa_columns import Problem
 from llava_ds.evaluation.scienceqa_ensembles import complement, count_cases, judge, to_judge

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "llava_ds"
 LAYERS = {
     "constants": 0, "errors": 0,
-    "schema": 1, "config": 1, "distributed": 1, "cache": 1, "starts": 1,
+    "schema": 1, "config": 1, "distributed": 1, "cache": 1, "durable": 1, "starts": 1,
     "text": 2, "ops": 2, "metrics": 2, "api": 2,
     "data": 3, "models": 3,
     "checkpoint": 4,
