@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -14,9 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llava_ds.cache import cache_folder
+from llava_ds.cache import build_once, cache_folder
 from llava_ds.config import find_recipe
-from llava_ds.constants import COMPLETE_MARKER
 from llava_ds.errors import ConfigError
 from llava_ds.quickstart import conversations as talk
 from llava_ds.quickstart.concepts import Concept, load_concepts
@@ -48,8 +46,7 @@ def prepare(log: Log = print) -> Path:
     _check_packages()
     styles = open_styles(root / "downloads", IMAGE_SIZE, os.environ.get(STYLES_VARIABLE))
     target = root / f"quickstart-{_content_hash(styles)}"
-    if not (target / COMPLETE_MARKER).is_file():
-        _build(target, styles, log)
+    build_once(target, lambda work: _fill(work, styles, log))
     log(describe_styles(read_sources(target)))
     return target
 
@@ -89,24 +86,10 @@ def _content_hash(styles: Styles) -> str:
     return digest.hexdigest()[:12]
 
 
-def _build(target: Path, styles: Styles, log: Log) -> None:
-    started = time.time()
-    log(f"quickstart: building data and models in {target}")
-    work = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        _fill(work, styles, log)
-        (work / COMPLETE_MARKER).write_text("")
-        if not (target / COMPLETE_MARKER).is_file():  # else another process was faster
-            shutil.rmtree(target, ignore_errors=True)
-            work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    log(f"quickstart: prepared in {time.time() - started:.0f} s")
-
-
 def _fill(work: Path, styles: Styles, log: Log) -> None:
-    (work / "images").mkdir(parents=True)
+    started = time.time()
+    log(f"quickstart: building data and models in {work.parent}")
+    (work / "images").mkdir()
     concepts = load_concepts()
     stage1, stage2, texts = _write_training_set(work, styles, concepts)
     _write_json(work / "stage1.json", stage1)
@@ -124,6 +107,7 @@ def _fill(work: Path, styles: Styles, log: Log) -> None:
     write_llm_init(work / "llm_init", _sentences(texts))
     log(f"quickstart: {len(stage1)} captions, {len(stage2)} conversations; now the small LLM learns its words")
     _train_llm(work)
+    log(f"quickstart: prepared in {time.time() - started:.0f} s")
 
 
 def _write_training_set(

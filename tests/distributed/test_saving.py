@@ -96,7 +96,7 @@ def test_a_disk_that_is_too_small_or_fills_up_ends_the_run_with_both_numbers(wor
     """A file system of its own for each run: 12 MB, and 24 MB that somebody else fills after the first save."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this machine allows no mounts of one's own")
-    recipe = write_recipe(world, train__max_steps=4000, train__epochs=9000, train__save_steps=100)
+    recipe = write_recipe(world, train__max_steps=4000, train__epochs=9000, train__save_steps=2000)
     mount = 'mount -t tmpfs -o size="$1" none "$2"; shift 2; '
     wait = 'while ! ls "$0"/run/checkpoints/*/COMPLETE; do sleep 0.1; done'
     fill = f'({wait}; cat /dev/zero > "$0/fill") > /dev/null 2>&1 & '

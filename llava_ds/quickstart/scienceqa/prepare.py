@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava_ds.cache import cache_folder
-from llava_ds.constants import COMPLETE_MARKER
+from llava_ds.cache import build_once, cache_folder
 from llava_ds.quickstart.concepts import Concept, load_concepts
 from llava_ds.quickstart.prepare import Log, read_sources
 from llava_ds.quickstart.prepare import prepare as prepare_quickstart
@@ -40,9 +37,7 @@ def prepare(log: Log = print) -> Path:
     """
     quickstart = prepare_quickstart(log)
     target = cache_folder() / f"quickstart_scienceqa-{_content_hash(quickstart.name)}"
-    if not (target / COMPLETE_MARKER).is_file():
-        log(f"quickstart: building ScienceQA-like problems in {target}")
-        _build(target, quickstart)
+    build_once(target, lambda work: _fill(work, quickstart, log))
     return target
 
 
@@ -53,20 +48,11 @@ def _content_hash(quickstart: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def _build(target: Path, quickstart: Path) -> None:
-    work = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir()
-        for name in ("tower", "llm", "sources.json"):
-            (work / name).symlink_to(Path("..") / quickstart.name / name)
-        write_scienceqa(work / "scienceqa", quickstart)
-        (work / COMPLETE_MARKER).write_text("")
-        if not (target / COMPLETE_MARKER).is_file():  # else another process was faster
-            shutil.rmtree(target, ignore_errors=True)
-            work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _fill(work: Path, quickstart: Path, log: Log) -> None:
+    log(f"quickstart: building ScienceQA-like problems in {work.parent}")
+    for name in ("tower", "llm", "sources.json"):
+        (work / name).symlink_to(Path("..") / quickstart.name / name)
+    write_scienceqa(work / "scienceqa", quickstart)
 
 
 def write_scienceqa(folder: Path, quickstart: Path, num_problems: Mapping[str, int] = NUM_PROBLEMS) -> None:
