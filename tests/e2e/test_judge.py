@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -24,20 +26,21 @@ from tests.helpers.bench import (
     write_rows,
 )
 from tests.helpers.chat_server import MODEL, serve_chat
-from tests.helpers.judge_server import FAULTS, JudgeServer, serve_judge, verdict
+from tests.helpers.fault_proxy import FAULTS, PROMPT_TOKENS, FaultProxy, fault_proxy
+from tests.helpers.scripted_judge import ScriptedJudge, verdict
 
 GRAMMAR = r"""root ::= score " " score "\n" [A-Za-z ,.]+
 score ::= "10" | [1-9]"""
 TOOL = Path(__file__).parents[2] / "tools" / "judge"
 
 
-def _run(files: Files, judge: JudgeServer | None, folder: Path, *options: str) -> Result:
+def _run(files: Files, judge: FaultProxy | None, folder: Path, *options: str) -> Result:
     """In this process: a new one takes seconds of imports."""
     arguments = []
     for name, path in files.items():
         arguments += [f"--{name}" if name in ("questions", "references", "context") else "--answers", str(path)]
     if judge is not None:
-        arguments += ["--base-url", judge.url, "--model", "judge", "--cache", str(folder / "cache")]
+        arguments += ["--base-url", judge.base_url, "--model", "judge", "--cache", str(folder / "cache")]
     return invoke([*arguments, "--num-resamples", "200", "--json", str(folder / "out.json"), *options])
 
 
@@ -70,14 +73,14 @@ def _numbers(report: dict) -> dict:
 
 def test_every_number_follows_from_the_judges_words(tmp_path):
     files = write_bench(tmp_path, 12, models=("ours", "theirs"))
-    with serve_judge() as judge:
-        done = _run(files, judge, tmp_path, "--repeats", "3", "--max-attempts", "2", "--accept-model", "judge-1",
+    judge = ScriptedJudge()
+    with fault_proxy(judge) as proxy:
+        done = _run(files, proxy, tmp_path, "--repeats", "3", "--max-attempts", "2",
                     "--markdown", str(tmp_path / "table.md"), "--price-in", "1", "--price-out", "10")
     assert done.exit_code == 0, done.output
     report = _report(tmp_path)
-    assert set(judge.asked.values()) == {1}  # none was asked twice
-    bodies = [json.loads(body) for body in judge.asked]
-    num_again = 0
+    bodies, num_again = judge.asked, 0
+    assert len(proxy.answered) == len(bodies)  # none was asked twice
     for name, judgements in report["judgements"].items():
         slots = [(one["question_id"], one["order"], one["repeat"]) for one in judgements]
         assert len(slots) == len(set(slots)) == 12 * 2 * 3
@@ -119,10 +122,11 @@ def test_every_number_follows_from_the_judges_words(tmp_path):
         assert official["all"]["num_failed"] > sum(one["scores"] is None for one in first_only)  # "8, 9"
     assert num_again > 5 and sum(one["num_scored"] < 72 for one in report["models"].values()) > 0
     assert len(bodies) == report["api"]["paid_calls"] == 144 + num_again
-    assert report["api"]["cost_usd"] == pytest.approx(len(bodies) * (100 * 1 + 10 * 10) / 1e6)
+    num_words = sum(len(verdict(body["messages"][1]["content"], body["seed"]).split()) for body in bodies)
+    assert report["api"]["cost_usd"] == pytest.approx((len(bodies) * PROMPT_TOKENS * 1 + num_words * 10) / 1e6)
     assert report["comparison"]["first"] == "ours" and "theirs - ours" in done.output
     settings = report["judge"]
-    assert settings["model"] == "judge" and settings["served_as"] == {"judge-1": len(bodies)}
+    assert settings["model"] == "judge" and settings["served_as"] == {"judge": len(bodies)}
     assert settings["rule"]["own"] and len(settings["rule"]["sha256"]) == 64 and settings["repeats"] == 3
     assert (settings["temperature"], settings["max_tokens"], settings["seed"]) == (0.2, 1024, 0)
     assert {"python", "openai", "llava_ds"} <= set(report["versions"]) and len(report["files"]) == 5
@@ -131,54 +135,58 @@ def test_every_number_follows_from_the_judges_words(tmp_path):
 
 def test_a_second_run_pays_nothing_and_file_order_means_nothing(tmp_path):
     files = write_bench(tmp_path, 9)
-    with serve_judge() as judge:
-        assert _run(files, judge, tmp_path, "--accept-model", "judge-1").exit_code == 0
-        first, num_calls = _report(tmp_path), judge.asked.total()
+    with fault_proxy(ScriptedJudge()) as judge:
+        assert _run(files, judge, tmp_path).exit_code == 0
+        first, num_calls = _report(tmp_path), judge.totals()["good"]
         for number, path in enumerate(files.values()):
             shuffle(path, number)
-        assert _run(files, judge, tmp_path, "--accept-model", "judge-1").exit_code == 0
-        assert judge.asked.total() == num_calls > 17
+        assert _run(files, judge, tmp_path).exit_code == 0
+        assert judge.totals() == {"good": num_calls} and num_calls > 17
         assert _numbers(_report(tmp_path)) == _numbers(first)
-        again = _run(files, judge, tmp_path, "--accept-model", "judge-1", "--cache", str(tmp_path / "other"))
-        assert again.exit_code == 0 and judge.asked.total() == 2 * num_calls
+        again = _run(files, judge, tmp_path, "--cache", str(tmp_path / "other"))
+        assert again.exit_code == 0 and judge.totals() == {"good": 2 * num_calls}
         assert _numbers(_report(tmp_path)) == _numbers(first) and _report(tmp_path)["warnings"] == first["warnings"]
-    with serve_judge() as another:
-        done = _run(files, another, tmp_path, "--accept-model", "judge-1")
-    assert another.asked.total() == 0 and _numbers(_report(tmp_path)) == _numbers(first)
+    with fault_proxy(ScriptedJudge()) as another:
+        done = _run(files, another, tmp_path)
+    assert not another.answered and _numbers(_report(tmp_path)) == _numbers(first)
     assert f"WARNING: {num_calls} replies out of the cache came from another endpoint" in done.output
 
 
 def test_a_spent_budget_is_incomplete_and_the_next_run_pays_the_rest_only(tmp_path):
     files = write_bench(tmp_path, 9)
-    with serve_judge() as judge:
-        done = _run(files, judge, tmp_path, "--accept-model", "judge-1", "--max-total-tokens", "3500",
-                    "--concurrency", "1")
+    with fault_proxy(ScriptedJudge()) as judge:
+        done = _run(files, judge, tmp_path, "--max-total-tokens", "2400", "--concurrency", "1")
         report = _report(tmp_path)
         model = report["models"]["ours"]
         assert done.exit_code == 1 and "INCOMPLETE" in done.output and set(model["not_judged"]) == {"budget"}
-        assert 0 < judge.asked.total() < 18 and model["num_scored"] > 0
-        assert _run(files, judge, tmp_path, "--accept-model", "judge-1").exit_code == 0
-        assert set(judge.asked.values()) == {1} and _report(tmp_path)["models"]["ours"]["not_judged"] == {}
+        assert 0 < judge.totals()["good"] < 18 and model["num_scored"] > 0
+        assert _run(files, judge, tmp_path).exit_code == 0
+        assert not judge.paid_twice() and _report(tmp_path)["models"]["ours"]["not_judged"] == {}
+
+
+def _same_under_faults(files: Files, folder: Path, smooth: dict, faults: Sequence[str], *options: str) -> Counter:
+    """Asks again while a fifth of the calls fails: the numbers are the same, no reply is paid twice. The faults."""
+    with fault_proxy(ScriptedJudge(), fault_frac=0.2, faults=faults, hang_s=6.0) as judge:
+        done = _run(files, judge, folder, "--cache", str(folder / "other"), "--max-tries", "10", *options)
+    assert done.exit_code == 0, done.output
+    report, totals = _report(folder), judge.totals()
+    assert _numbers(report) == _numbers(smooth)
+    assert totals.pop("good") == smooth["api"]["paid_calls"] and not judge.paid_twice()
+    assert report["api"]["faults"] == totals and set(totals) == set(faults)
+    return totals
 
 
 def test_faults_change_nothing(tmp_path):
-    """A fifth of the requests meets a fault first: the numbers are those of a run without, no reply is paid twice."""
     files = write_bench(tmp_path, 30)
-    options = ("--accept-model", "judge-1", "--concurrency", "16")
-    with serve_judge() as judge:
-        assert _run(files, judge, tmp_path, *options).exit_code == 0
-        smooth, asked = _report(tmp_path), judge.asked
-    with serve_judge(faulty_frac=0.2) as judge:
-        done = _run(files, judge, tmp_path, *options, "--cache", str(tmp_path / "other"))
-    assert done.exit_code == 0 and judge.asked == asked and set(asked.values()) == {1}
-    report = _report(tmp_path)
-    assert _numbers(report) == _numbers(smooth)
-    assert report["api"]["faults"] == judge.faults and judge.faults.total() > 5 and set(judge.faults) == set(FAULTS)
+    with fault_proxy(ScriptedJudge()) as judge:
+        assert _run(files, judge, tmp_path).exit_code == 0
+    quick = [fault for fault in FAULTS if fault != "timeout"]
+    assert _same_under_faults(files, tmp_path, _report(tmp_path), quick, "--concurrency", "16").total() > 5
 
 
 def test_several_judges_in_one_result_are_a_warning(tmp_path):
     files = write_bench(tmp_path, 6)
-    with serve_judge("judge-0314", "judge-0613") as judge:
+    with fault_proxy(ScriptedJudge("judge-0314", "judge-0613")) as judge:
         done = _run(files, judge, tmp_path, "--concurrency", "1")
     assert done.exit_code == 0
     assert "WARNING: the server answered under 2 names: judge-0314" in done.output
@@ -190,8 +198,9 @@ def test_official_rule_file_in_the_wild(tmp_path):
     rule = tmp_path / "rule.json"
     words = {"role": "Assistant", "prompt": "Rate."}
     rule.write_text(json.dumps({f"llava_bench_{name}": words for name in CATEGORIES}))
-    with serve_judge() as judge:
-        done = _run(files, judge, tmp_path, "--rule", str(rule), "--accept-model", "judge-1", "--repeats", "2")
+    judge = ScriptedJudge()
+    with fault_proxy(judge) as proxy:
+        done = _run(files, proxy, tmp_path, "--rule", str(rule), "--repeats", "2")
     assert done.exit_code == 0, done.output
     report = _report(tmp_path)
     assert report["benchmark"] == "llava_bench_in_the_wild" and "OpenFlamingo" in done.output
@@ -202,14 +211,14 @@ def test_official_rule_file_in_the_wild(tmp_path):
 
 def test_nothing_is_asked_when_files_do_not_fit_or_for_a_dry_run(tmp_path):
     files = write_bench(tmp_path, 9)
-    with serve_judge() as judge:
+    with fault_proxy(ScriptedJudge()) as judge:
         done = _run(files, judge, tmp_path, "--dry-run", "--price-in", "2.5", "--price-out", "10")
         assert done.exit_code == 0 and "18 calls" in done.output and not (tmp_path / "out.json").exists()
         assert not (tmp_path / "cache").exists()
         write_rows(files["ours"], read_rows(files["ours"])[1:])
         done = _run(files, judge, tmp_path)
         assert done.exit_code == 2 and "lacks 1 of the 9 question ids" in done.output
-        assert judge.asked.total() == 0 and not (tmp_path / "out.json").exists()
+        assert not judge.answered and not (tmp_path / "out.json").exists()
     assert _run(files, None, tmp_path).exit_code == 2
     assert "there is no folder" in _run(files, judge, tmp_path, "--json", str(tmp_path / "no" / "out.json")).output
 
@@ -253,16 +262,14 @@ def test_the_shared_questions(tmp_path):
     files = shared_coco()
     answers = write_answers(tmp_path / "ours.jsonl", read_rows(files["questions"]), "ours")
     copies = {name: write_rows(tmp_path / path.name, read_rows(path)) for name, path in files.items()}
-    with serve_judge() as judge:
-        assert _run(files | {"ours": answers}, judge, tmp_path, "--accept-model", "judge-1").exit_code == 0
-        first, asked = _report(tmp_path), judge.asked
-    assert set(asked.values()) == {1}
+    with fault_proxy(ScriptedJudge()) as judge:
+        assert _run(files | {"ours": answers}, judge, tmp_path).exit_code == 0
+    first = _report(tmp_path)
+    assert judge.totals() == {"good": first["api"]["paid_calls"]} and not judge.paid_twice()
     assert len({(one["question_id"], one["order"]) for one in first["judgements"]["ours"]}) == 180
     assert first["num_questions"] == dict.fromkeys(CATEGORIES, 30)
     for number, path in enumerate([*copies.values(), answers]):
         shuffle(path, number)
-    with serve_judge(faulty_frac=0.2) as judge:
-        done = _run(copies | {"ours": answers}, judge, tmp_path, "--accept-model", "judge-1", "--concurrency", "32",
-                    "--cache", str(tmp_path / "other"))
-    assert done.exit_code == 0 and judge.asked == asked and judge.faults.total() > 20
-    assert _numbers(_report(tmp_path)) == _numbers(first)
+    # A machine that is busy for less than --timeout-s adds no time-out of its own.
+    options = ("--concurrency", "32", "--timeout-s", "4")
+    assert _same_under_faults(copies | {"ours": answers}, tmp_path, first, FAULTS, *options).total() > 20

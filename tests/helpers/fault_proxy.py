@@ -21,7 +21,10 @@ FAULTS = ("http_429", "http_500", "timeout", "connection", "bad_json", "wrong_mo
 """What goes wrong by default; also known: any ``http_NNN``, ``insufficient_quota``, ``no_choices``, ``empty_reply``."""
 PAID_AND_LOST = ("timeout", "connection", "bad_json")
 """Upstream has answered, and the client cannot know what."""
-Answer = Callable[[dict], str]
+Answer = Callable[[dict], str | dict]
+"""From a request's body to the reply, or to its text."""
+PROMPT_TOKENS = 35
+"""That a reply made here says it took."""
 
 
 def body_hash(body: Mapping) -> str:
@@ -29,12 +32,15 @@ def body_hash(body: Mapping) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def chat_reply(text: str, model: str, response_id: str = "chatcmpl-0") -> dict:
+def chat_reply(text: str, model: str) -> dict:
     """A reply in the form of llama.cpp's server."""
+    num_words = len(text.split())
     return {
         "choices": [{"finish_reason": "stop", "index": 0, "message": {"role": "assistant", "content": text}}],
-        "created": 1795979658, "model": model, "object": "chat.completion", "id": response_id,
-        "usage": {"completion_tokens": len(text.split()), "prompt_tokens": 35, "total_tokens": 35 + len(text.split())},
+        "created": 1795979658, "model": model, "object": "chat.completion", "id": "chatcmpl-0",
+        "usage": {
+            "completion_tokens": num_words, "prompt_tokens": PROMPT_TOKENS, "total_tokens": PROMPT_TOKENS + num_words
+        },
     }
 
 
@@ -92,7 +98,8 @@ class FaultProxy:
     def reply(self, name: str, body: dict) -> tuple[int, bytes]:
         """Status and body of an answer without faults."""
         if callable(self.source):
-            reply = chat_reply(self.source(body), body["model"], response_id(name))
+            made = self.source(body)
+            reply = {**(made if isinstance(made, dict) else chat_reply(made, body["model"])), "id": response_id(name)}
         elif isinstance(self.source, Path):
             reply = self._replay(name)
         else:
@@ -131,7 +138,7 @@ def response_id(name: str) -> str:
 def fault_proxy(source: "str | Path | Answer", **options) -> Iterator[FaultProxy]:
     """A running proxy on a free port; ``options`` are the fields of ``FaultProxy``.
 
-    ``source``: an upstream's base URL, a file that ``record`` wrote, or a function from a request's body to a text.
+    ``source``: an upstream's base URL, a file that ``record`` wrote, or an ``Answer``.
     """
     proxy = FaultProxy(source, **options)
     server = _Server(("127.0.0.1", 0), _Handler)
