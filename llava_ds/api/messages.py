@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from llava_ds.errors import ConfigError
 
-# The client reads one whole answer a call, and keeps these itself.
+# The client reads one whole answer a call, and sets these itself; a seed may be left out, but not be another.
 _NOT_EXTRA = ("model", "messages", "stream", "n", "seed")
+_NO_SEED = ("seed", None)
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class ChatRequest:
     ``id`` names it in reports and errors; it is neither sent nor part of the key. ``attempt`` asks the same again: it
     is part of the key and not sent, except that a given ``seed`` is sent as ``seed + attempt``. ``extra_body`` holds
     JSON values that go beside the fields above or in their place, e.g. ``{"grammar": "..."}``; None leaves a field out,
-    as in ``{"max_tokens": None, "max_completion_tokens": 512}``. Repeats of a question differ in their seed: attempts
-    are what a client counts on from ``attempt`` when a reply is refused, and would meet those of another repeat.
+    as in ``{"max_tokens": None, "max_completion_tokens": 512}`` or ``{"seed": None}``. Repeats of a question differ in
+    their seed, sent or not: attempts are what a client counts on from ``attempt`` when a reply is refused, and would
+    meet those of another repeat.
 
     Raises ConfigError when ``extra_body`` names a field that is the client's own.
     """
@@ -46,7 +48,7 @@ class ChatRequest:
     attempt: int = 0
 
     def __post_init__(self) -> None:
-        own = [name for name in _NOT_EXTRA if name in self.extra_body]
+        own = [name for name, value in self.extra_body.items() if name in _NOT_EXTRA and (name, value) != _NO_SEED]
         if own:
             raise ConfigError(f"extra_body holds {', '.join(own)}, which the client sets itself; leave that out")
 
@@ -64,8 +66,9 @@ class ChatRequest:
         return {name: value for name, value in fields.items() if value is not None}
 
     def key(self) -> str:
-        """sha256 of all that is sent, and of ``attempt``."""
-        text = json.dumps({"body": self.body(), "attempt": self.attempt}, sort_keys=True, ensure_ascii=False)
+        """sha256 of all that is sent, and of ``attempt`` and ``seed``, which tell requests apart unsent, too."""
+        parts = {"body": self.body(), "attempt": self.attempt, "seed": self.seed}
+        text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
     def again(self) -> ChatRequest:

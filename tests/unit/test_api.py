@@ -53,6 +53,9 @@ def test_key_is_of_all_that_is_sent_and_of_the_attempt():
         replace(request, messages=(Message("system", "Question 0?"),)),
     ]
     assert len({request.key(), *(other.key() for other in others)}) == 9
+    unsent = [make_request(seed=seed, extra_body={"seed": None}) for seed in (5, 6)]
+    assert unsent[0].body() == unsent[1].body() == make_request().body()
+    assert len({unsent[0].key(), unsent[1].key(), make_request().key()}) == 3
 
 
 def test_attempt_moves_the_seed_and_none_leaves_a_field_out():
@@ -66,8 +69,8 @@ def test_attempt_moves_the_seed_and_none_leaves_a_field_out():
 
 
 def test_extra_body_may_not_set_what_the_client_sets():
-    with pytest.raises(ConfigError, match="stream, n"):
-        make_request(extra_body={"n": 2, "stream": True, "top_k": 1})
+    with pytest.raises(ConfigError, match="holds n, stream, seed,"):
+        make_request(extra_body={"n": 2, "stream": True, "top_k": 1, "seed": 0})
 
 
 @pytest.mark.parametrize(
