@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 MIN_FREQUENCY, MAX_PER_PHRASE = 3, 100
 """The paper's numbers."""
-
-
-@dataclass(frozen=True)
-class PhraseTable:
-    """Which captions hold which phrases: ``captions[bounds[p] : bounds[p + 1]]`` are those of phrase ``p``, in order.
-
-    8 bytes for each phrase of a caption while it is built, 4 after, and the phrases themselves once.
-    """
-
-    phrases: Sequence[str]
-    bounds: np.ndarray  # [num_phrases + 1]
-    captions: np.ndarray  # [sum of frequencies], numbers of captions
-    num_captions: int
 
 
 @dataclass(frozen=True)
@@ -37,46 +26,38 @@ class Balanced:
     num_without_phrase: int
 
 
-def build_table(phrases_of_captions: Iterable[Iterable[str]]) -> PhraseTable:
-    """The table of captions in their order. A phrase counts once a caption."""
-    numbers: dict[str, int] = {}
-    phrase_ids, captions = array("I"), array("I")
-    num_captions = 0
-    for caption, phrases in enumerate(phrases_of_captions):
-        for phrase in set(phrases):
-            phrase_ids.append(numbers.setdefault(phrase, len(numbers)))
-            captions.append(caption)
-        num_captions += 1
-    ids = np.frombuffer(phrase_ids, np.uint32) if phrase_ids else np.zeros(0, np.uint32)
-    order = np.argsort(ids, kind="stable")
-    bounds = np.concatenate(([0], np.cumsum(np.bincount(ids, minlength=len(numbers)))))
-    by_phrase = np.frombuffer(captions, np.uint32)[order] if captions else np.zeros(0, np.uint32)
-    return PhraseTable(list(numbers), bounds, by_phrase, num_captions)
-
-
 def balance(
-    table: PhraseTable, min_frequency: int = MIN_FREQUENCY, max_per_phrase: int = MAX_PER_PHRASE, seed: int = 0
+    phrases_of_captions: Iterable[Collection[str]],
+    min_frequency: int = MIN_FREQUENCY,
+    max_per_phrase: int = MAX_PER_PHRASE,
+    seed: int = 0,
 ) -> Balanced:
     """All captions of the phrases that ``min_frequency`` or more hold, and of a phrase that more than
-    ``max_per_phrase`` hold, that many drawn by (seed, phrase).
+    ``max_per_phrase`` hold, that many drawn by (seed, phrase). A phrase counts once a caption.
 
     The paper goes from the rarest phrase up and draws from all captions of a phrase, taken or not: the union does not
-    depend on the order.
+    depend on the order. Takes 4 bytes for each phrase of a caption, and each phrase once.
     """
-    is_taken = np.zeros(table.num_captions, bool)
-    frequencies = np.diff(table.bounds)
-    kept = np.flatnonzero(frequencies >= min_frequency)
-    for phrase in kept.tolist():
-        captions = table.captions[table.bounds[phrase] : table.bounds[phrase + 1]]
+    captions_of: defaultdict[str, array[int]] = defaultdict(partial(array, "I"))
+    num_captions = num_without_phrase = 0
+    for phrases in phrases_of_captions:
+        for phrase in set(phrases):
+            captions_of[phrase].append(num_captions)
+        num_captions += 1
+        num_without_phrase += not phrases
+    is_taken = np.zeros(num_captions, bool)
+    frequencies = [len(captions) for captions in captions_of.values()]
+    for phrase, captions in captions_of.items():
+        if len(captions) < min_frequency:
+            continue
         if len(captions) > max_per_phrase:
-            draw = random.Random(f"{seed}|{table.phrases[phrase]}").sample(range(len(captions)), max_per_phrase)
-            captions = captions[draw]
-        is_taken[captions] = True
-    num_with_phrase = len(np.unique(table.captions))
+            is_taken[random.Random(f"{seed}|{phrase}").sample(captions, max_per_phrase)] = True
+        else:
+            is_taken[captions] = True
     return Balanced(
         np.flatnonzero(is_taken),
         len(frequencies),
-        len(kept),
-        int((frequencies > max_per_phrase).sum()),
-        table.num_captions - num_with_phrase,
+        sum(frequency >= min_frequency for frequency in frequencies),
+        sum(frequency > max_per_phrase for frequency in frequencies),
+        num_without_phrase,
     )

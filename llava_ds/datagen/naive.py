@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ds.data.sources.captions import CaptionSource, open_captions
-from llava_ds.datagen.balance import MAX_PER_PHRASE, MIN_FREQUENCY, Balanced, balance, build_table
+from llava_ds.datagen.balance import MAX_PER_PHRASE, MIN_FREQUENCY, Balanced, balance
 from llava_ds.datagen.noun_phrases import FindPhrases
 from llava_ds.datagen.output import OutputFolder
 from llava_ds.datagen.records import BadRecords, OnBadRecord
@@ -85,8 +85,8 @@ def _choose(
                 numbers.append(number)
                 yield sample.turns[1].text
 
-    table = build_table(phrase_filter.find(captions()))
-    balanced = balance(table, phrase_filter.min_frequency, phrase_filter.max_per_phrase, source.seed)
+    phrases = phrase_filter.find(captions())
+    balanced = balance(phrases, phrase_filter.min_frequency, phrase_filter.max_per_phrase, source.seed)
     return [numbers[caption] for caption in balanced.captions.tolist()], balanced
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llava_ds.data.sources.llava_json import open_llava_json
-from llava_ds.datagen.balance import balance, build_table
+from llava_ds.datagen.balance import balance
 from llava_ds.datagen.naive import NounPhraseFilter, write_naive
 from llava_ds.datagen.noun_phrases import open_spacy
 from llava_ds.errors import BackendUnavailableError, ConfigError, DataError
@@ -17,14 +17,7 @@ CAPTIONS = [["owl"], ["owl"], ["owl", "emu"], ["emu"], [], ["dog", "owl", "owl"]
 
 
 def taken(**options) -> list[int]:
-    return balance(build_table(CAPTIONS), **options).captions.tolist()
-
-
-def test_table():
-    table = build_table(CAPTIONS)
-    held = {p: table.captions[table.bounds[n] : table.bounds[n + 1]].tolist() for n, p in enumerate(table.phrases)}
-    assert held == {"owl": [0, 1, 2, 5], "emu": [2, 3], "dog": [5, 6, 7, 8, 9, 10, 11]}
-    assert table.num_captions == 12
+    return balance(CAPTIONS, **options).captions.tolist()
 
 
 def test_rare_phrases_go_and_common_ones_are_cut():
@@ -32,7 +25,7 @@ def test_rare_phrases_go_and_common_ones_are_cut():
     assert taken(min_frequency=5, max_per_phrase=100) == [5, 6, 7, 8, 9, 10, 11]
     assert taken(min_frequency=8, max_per_phrase=100) == []
     assert taken(min_frequency=1, max_per_phrase=100) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
-    found = balance(build_table(CAPTIONS), min_frequency=3, max_per_phrase=4)
+    found = balance(CAPTIONS, min_frequency=3, max_per_phrase=4)
     assert (found.num_phrases, found.num_phrases_kept, found.num_phrases_cut, found.num_without_phrase) == (3, 2, 1, 1)
     assert {0, 1, 2, 5} <= set(found.captions.tolist())
     assert 4 + 3 <= len(found.captions) <= 4 + 4
@@ -42,22 +35,19 @@ def test_the_draw_is_by_seed_and_phrase_only():
     draws = {tuple(taken(min_frequency=5, max_per_phrase=3, seed=seed)) for seed in range(20)}
     assert len(draws) > 5 and all(len(draw) == 3 and set(draw) <= set(range(5, 12)) for draw in draws)
     assert taken(min_frequency=5, max_per_phrase=3, seed=1) == taken(min_frequency=5, max_per_phrase=3, seed=1)
-    others = balance(build_table([[]] + [[*phrases, "new"] for phrases in CAPTIONS]), 5, 3, seed=1).captions
+    others = balance([[]] + [[*phrases, "new"] for phrases in CAPTIONS], 5, 3, seed=1).captions
     assert set(np.array(taken(min_frequency=5, max_per_phrase=3, seed=1)) + 1) <= set(others.tolist())
 
 
-def test_the_order_of_phrases_does_not_matter():
-    """The paper goes from the rarest up; each of these goes by another order, and the union is the same."""
-    for order in (1, -1):
-        pool: set[int] = set()
-        table = build_table(CAPTIONS)
-        for n in sorted(range(3), key=lambda n: order * np.diff(table.bounds)[n]):
-            pool |= set(table.captions[table.bounds[n] : table.bounds[n + 1]].tolist())
-        assert sorted(pool) == taken(min_frequency=1)
+def test_the_order_of_captions_moves_nothing_but_the_draw():
+    found = balance(CAPTIONS[::-1], 3, 4)
+    back = sorted(len(CAPTIONS) - 1 - found.captions)
+    assert (found.num_phrases, found.num_phrases_kept, found.num_phrases_cut, found.num_without_phrase) == (3, 2, 1, 1)
+    assert [number for number in back if number < 5] == [0, 1, 2] and 4 + 3 <= len(back) <= 4 + 4
 
 
 def test_nothing_has_phrases():
-    found = balance(build_table([[], []]))
+    found = balance([[], []])
     assert (found.captions.tolist(), found.num_phrases, found.num_without_phrase) == ([], 0, 2)
 
 
