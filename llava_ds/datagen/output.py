@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_ds.constants import COMPLETE_MARKER, IMAGE_PLACEHOLDER
 from llava_ds.datagen.reply import Pair
-from llava_ds.durable import replace_file, sync_to_disk
+from llava_ds.durable import replace_file, replacing
 from llava_ds.errors import ConfigError
 
 CACHE_FOLDER = "cache"
@@ -58,13 +58,11 @@ class OutputFolder:
 
     def _read_before(self) -> dict[str, Any]:
         file = self.path / _PROVENANCE
+        check_ours(self.path)
         if not file.is_file():
-            found = sorted(p.name for p in self.path.iterdir() if p.name != CACHE_FOLDER) if self.path.is_dir() else []
-            if found or self.path.is_file():
-                raise ConfigError(f"{self.path} holds something else ({', '.join(found[:5])}); give a new folder")
             return {}
         try:
-            before = json.loads(file.read_text())
+            before = json.loads(file.read_text(encoding="utf-8"))
             differing = _differing(before["inputs"], self.inputs)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{file} cannot be read ({error!r}); give a new folder") from error
@@ -79,18 +77,25 @@ class OutputFolder:
         replace_file(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def _replace(self, name: str, records: Iterable[Mapping[str, Any]], start: str, between: str, end: str) -> int:
-        """Writes records one by one beside the file, then puts them in its place."""
-        partial, count = self.path / f".{name}", 0
-        with partial.open("w", encoding="utf-8") as file:
+        count = 0
+        with replacing(self.path / name) as file:
             file.write(start)
             for record in records:
                 file.write((between if count else "") + json.dumps(record, ensure_ascii=False))
                 count += 1
             file.write(end if count or start else "")
-        sync_to_disk(partial)
-        partial.rename(self.path / name)
-        sync_to_disk(self.path)
         return count
+
+
+def check_ours(path: Path) -> None:
+    """Raises ConfigError when a folder holds something that no run began; writes nothing."""
+    if path.is_dir() and not (path / _PROVENANCE).is_file():
+        # What a kill leaves of a first run: replies, and files that were being written.
+        found = sorted(p.name for p in path.iterdir() if p.name != CACHE_FOLDER and not p.name.startswith("."))
+        if found:
+            raise ConfigError(f"{path} holds something else ({', '.join(found[:5])}); give a new folder")
+    elif path.is_file():
+        raise ConfigError(f"{path} is a file; give a new folder")
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

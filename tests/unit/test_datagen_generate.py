@@ -260,6 +260,35 @@ def test_the_command(invoke, scenes, tmp_path):
     assert {record["id"][5:] for record in json.loads((out / "data.json").read_text())} == {"detail"}
 
 
+def test_what_the_command_cannot_use_stays_as_it_is(invoke, scenes, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("")
+    (foreign / ".DS_Store").write_text("")
+    local = ("--model", "m", "--base-url", "http://127.0.0.1:9/v1")
+    done = invoke(scenes, foreign, *local)
+    assert done.exit_code == 1 and "holds something else (thesis.tex)" in done.output
+    assert sorted(file.name for file in foreign.iterdir()) == [".DS_Store", "thesis.tex"]
+    done = invoke(scenes, scenes / "out", *local)
+    assert done.exit_code == 1 and "NotADirectoryError" in done.output and isinstance(done.exception, SystemExit)
+
+
+def test_a_first_file_that_was_cut_off_is_no_obstacle(invoke, scenes, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".provenance.json").write_text("{")
+    with fault_proxy(write_reply) as proxy:
+        done = invoke(scenes, out, "--model", "m", "--base-url", proxy.base_url, "--kind", "detail")
+    assert done.exit_code == 0, done.output
+    assert (out / "COMPLETE").is_file() and not (out / ".provenance.json").exists()
+
+
+def test_nothing_that_could_be_used_is_no_success(invoke, scenes, tmp_path):
+    with fault_proxy(lambda body: "The caption says so.") as proxy:
+        done = invoke(scenes, tmp_path / "out", "--model", "m", "--base-url", proxy.base_url, "--kind", "detail")
+    assert done.exit_code == 1 and "detail: 0 of 10 samples, 10 rejected" in done.output
+
+
 def test_the_command_of_naive_pairs(invoke, tmp_path):
     pairs = tmp_path / "pairs.csv"
     pairs.write_text("image,caption\na.jpg,A cat.\nb.jpg,A dog.\n")
@@ -267,4 +296,10 @@ def test_the_command_of_naive_pairs(invoke, tmp_path):
     assert done.exit_code == 0, done.output
     assert "2 samples written" in done.output
     assert [r["image"] for r in json.loads((tmp_path / "out" / "data.json").read_text())] == ["a.jpg", "b.jpg"]
-    assert invoke(pairs, tmp_path / "o", "--kind", "naive", "--dry-run").exit_code == 2
+    done = invoke(pairs, tmp_path / "o", "--kind", "naive", "--dry-run", "--mix", "x", "--max-per-phrase", "9")
+    assert done.exit_code == 2
+    assert "without --balance has no use for --mix, --max-per-phrase, --dry-run; leave that out" in done.output
+    assert "has no use for --mix, --balance;" in invoke(
+        pairs, tmp_path / "o", "--kind", "detail", "--model", "m", "--balance", "--mix", "1:2:3"
+    ).output
+    assert not (tmp_path / "o").exists()
