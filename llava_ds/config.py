@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,13 +20,16 @@ from llava_ds.errors import ConfigError
 RECIPE_FOLDER = Path(str(resources.files("llava_ds") / "recipes"))
 PREPARED = "{prepared}"
 Beta = Annotated[float, Field(ge=0, lt=1)]
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Settings: an unknown key, NaN and infinity are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """Which parts the model is made of."""
 
     vision_tower: str
@@ -52,7 +55,7 @@ class ModelConfig(_Strict):
     """Blind runs: the patch features are zeros."""
 
 
-class SourceConfig(_Strict):
+class SourceConfig(Strict):
     """Where records come from."""
 
     path: str
@@ -73,7 +76,7 @@ _SOURCE_ALONE = {"format": "auto", "image_root": None, "split": None, "prompt_fo
 """What says how one path is read, with the values that say nothing."""
 
 
-class DataConfig(_Strict):
+class DataConfig(Strict):
     """What is read, and how it becomes batches."""
 
     path: str | None = None
@@ -125,7 +128,7 @@ class DataConfig(_Strict):
         ]
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     """What trains, for how long, and how fast."""
 
     trainable: list[Literal["projector", "llm"]] = Field(min_length=1)
@@ -165,7 +168,7 @@ class TrainConfig(_Strict):
     twice the longest step or checkpoint. None does not watch."""
 
 
-class EvalConfig(_Strict):
+class EvalConfig(Strict):
     """Held-out samples, and how often training is measured on them."""
 
     steps: int = Field(ge=1)
@@ -205,7 +208,7 @@ class EvalConfig(_Strict):
         )
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """One run, as a recipe file states it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
@@ -291,10 +294,18 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
 
 def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
     """A checked config from plain data; ``where`` is named in errors."""
+    return parse_strict(RunConfig, raw, where, "recipe")
+
+
+def parse_strict(model: type[_Model], raw: Any, where: str, name: str) -> _Model:
+    """Checked settings from plain data; errors name ``where``, and settings as a whole by ``name``.
+
+    Raises ConfigError that lists every wrong key and value at once.
+    """
     try:
-        return RunConfig.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        lines = [_describe(problem) for problem in error.errors()]
+        lines = [_describe(problem, model, name) for problem in error.errors()]
         raise ConfigError(f"{where}: {len(lines)} problem(s):\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
@@ -364,11 +375,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, model: type[BaseModel], name: str) -> str:
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location) or "recipe"
+    key = ".".join(location) or name
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], model)
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
@@ -376,9 +387,8 @@ def _describe(problem: Any) -> str:
     return f"{key}: {problem['msg']}{got}"
 
 
-def _known_keys(location: Sequence[str]) -> list[str]:
+def _known_keys(location: Sequence[str], model: type[BaseModel] = RunConfig) -> list[str]:
     groups: dict[str, type[BaseModel]] = {
         "model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig,
     }
-    model = groups.get(location[0], RunConfig) if location else RunConfig
-    return list(model.model_fields)
+    return list((groups.get(location[0], model) if location else model).model_fields)

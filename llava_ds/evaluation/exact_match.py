@@ -10,6 +10,7 @@ from typing import Any
 from llava_ds.constants import IMAGE_PLACEHOLDER
 from llava_ds.data.sources.llava_json import read_json_list
 from llava_ds.errors import DataError
+from llava_ds.evaluation.question_rows import read_id
 from llava_ds.evaluation.questions import Question, check_questions
 from llava_ds.schema import Turn
 from llava_ds.text.placement import place_images
@@ -36,13 +37,14 @@ def _parse(record: Any, where: str, image_root: Path) -> Question:
     missing = [key for key in _KEYS if key not in record]
     if missing:
         raise DataError(f"{where}: lacks {', '.join(missing)}; every question needs {', '.join(_KEYS)}")
+    id = read_id(record, where, "id")
     wrong = [key for key in _KEYS[1:] if not isinstance(record[key], str)]
     if wrong:
-        raise DataError(f"{where} id={record['id']!r}: {', '.join(wrong)} must be text, got {record[wrong[0]]!r:.80}")
+        raise DataError(f"{where} id={id}: {', '.join(wrong)} must be text, got {record[wrong[0]]!r:.80}")
     if record["question"].count(IMAGE_PLACEHOLDER) > 1:
-        raise DataError(f"{where} id={record['id']!r}: more than one '{IMAGE_PLACEHOLDER}'; a question has one image")
+        raise DataError(f"{where} id={id}: more than one '{IMAGE_PLACEHOLDER}'; a question has one image")
     turn = Turn("user", place_images(record["question"], 1))
-    return Question(str(record["id"]), (turn,), (image_root / record["image"],), where, record)
+    return Question(id, (turn,), (image_root / record["image"],), where, record)
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:

@@ -105,9 +105,8 @@ def _request(
         model=model,
         messages=(Message("system", settings.system), Message("user", content)),
         max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
         seed=_seed(plan.seed, slot) if settings.send_seed else None,
-        extra_body=extra_body,
+        extra_body={"temperature": settings.temperature, **extra_body},  # None leaves it out
         attempt=slot.repeat * _ATTEMPTS_APART,
     )
 

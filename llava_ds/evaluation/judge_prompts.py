@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
+from pydantic import Field, field_validator
 
+from llava_ds.config import Strict, parse_strict
+from llava_ds.data.sources.llava_json import check_unicode
 from llava_ds.errors import ConfigError
 from llava_ds.evaluation.llava_bench import Kind, Question
 
@@ -21,15 +24,22 @@ OWN_RULE = Path(__file__).with_name("judge_rule.yaml")
 _PREFIX: dict[Kind, str] = {"coco": "", "in_the_wild": "llava_bench_"}
 
 
-@dataclass(frozen=True)
-class JudgeSettings:
+class JudgeSettings(Strict):
     """How a judge is asked; the defaults are the official scripts', which an official rule file goes with."""
 
     system: str = "You are a helpful and precise assistant for checking the quality of the answer."
-    temperature: float = 0.2
-    max_tokens: int = 1024
+    temperature: float | None = Field(0.2, ge=0)
+    """None sends none: the server takes its own."""
+    max_tokens: int = Field(1024, ge=1)
     orders: tuple[Order, ...] = ("reference_first",)
     send_seed: bool = False
+
+    @field_validator("orders")
+    @classmethod
+    def _each_once(cls, orders: tuple[Order, ...]) -> tuple[Order, ...]:
+        if not orders or len(set(orders)) < len(orders):
+            raise ValueError(f"name one or both of {', '.join(ORDERS)}, each once (--repeats asks again); got {orders}")
+        return orders
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class JudgeRule:
 def load_rule(path: Path | None = None) -> JudgeRule:
     """A rule file, JSON or YAML; ours where none is given. Without ``judge`` in it, settings are the official ones.
 
-    Raises ConfigError that names the file and the key.
+    Raises ConfigError that names the file and the keys, DataError for half a surrogate pair in its words.
     """
     file = path or OWN_RULE
     try:
@@ -88,22 +98,13 @@ def load_rule(path: Path | None = None) -> JudgeRule:
         raise ConfigError(f"{file} cannot be read as a judge's rule: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected rules by kind of question, got {type(values).__name__}")
-    settings = _settings(values.pop("judge", {}), file)
-    wrong = [str(key) for key, rule in values.items() if not _is_rule(rule)]
+    settings = parse_strict(JudgeSettings, values.pop("judge", {}), f"{file}, judge", "judge")
+    wrong = [str(key) for key, rule in values.items() if not (isinstance(key, str) and _is_rule(rule))]
     if wrong or not values:
         raise ConfigError(f"{file}: each kind of question needs 'role' and 'prompt' as text; see {wrong or 'no kind'}")
+    check_unicode(str(file), settings.system, *(rule[key] for rule in values.values() for key in ("role", "prompt")))
     return JudgeRule(file, hashlib.sha256(content).hexdigest(), values, settings, path is None)
 
 
 def _is_rule(rule: Any) -> bool:
     return isinstance(rule, dict) and all(isinstance(rule.get(key), str) for key in ("role", "prompt"))
-
-
-def _settings(values: Any, file: Path) -> JudgeSettings:
-    known = JudgeSettings.__dataclass_fields__
-    if not isinstance(values, dict) or not set(values) <= set(known):
-        raise ConfigError(f"{file}: 'judge' may hold {', '.join(known)}, got {values!r:.200}")
-    settings = JudgeSettings(**{**values, "orders": tuple(values.get("orders", JudgeSettings.orders))})
-    if not settings.orders or not set(settings.orders) <= set(ORDERS):
-        raise ConfigError(f"{file}: judge.orders may hold {' and '.join(ORDERS)}, got {settings.orders}")
-    return settings

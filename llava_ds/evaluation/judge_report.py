@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from llava_ds.api.client import ChatClient
+from llava_ds.api.messages import ChatRequest
 from llava_ds.api.options import ClientOptions
 from llava_ds.durable import replace_file
-from llava_ds.evaluation.judge import Judgement, Plan, by_answers
+from llava_ds.evaluation.judge import Judgement, Plan, Slot, by_answers
 from llava_ds.evaluation.judge_prompts import JudgeRule
 from llava_ds.evaluation.judge_summary import compare, summarize
 from llava_ds.evaluation.llava_bench import Answers, Bench
+from llava_ds.evaluation.question_rows import listed
 from llava_ds.evaluation.statistics import Bootstrap
 
 _PACKAGES = ("llava_ds", "openai", "numpy")
@@ -24,7 +26,7 @@ _PACKAGES = ("llava_ds", "openai", "numpy")
 
 def build_report(
     bench: Bench, rule: JudgeRule, plan: Plan, options: ClientOptions, client: ChatClient,
-    judgements: Sequence[Judgement], bootstrap: Bootstrap,
+    planned: Sequence[tuple[Slot, ChatRequest]], judgements: Sequence[Judgement], bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     """Everything as JSON values; ``comparison`` where two models were judged."""
     groups = by_answers(judgements)
@@ -32,7 +34,7 @@ def build_report(
         "benchmark": f"llava_bench_{bench.kind}",
         "num_questions": dict(Counter(question.category for question in bench.questions)),
         "files": dict(bench.sha256),
-        "judge": _judge(rule, plan, options, client, judgements),
+        "judge": _judge(rule, plan, options, client, planned[0][1], judgements),
         "bootstrap": vars(bootstrap),
         "models": {
             answers.name: _answers(answers) | summarize(bench.questions, groups[answers.name], bootstrap)
@@ -52,13 +54,13 @@ def build_report(
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
-    """Writes it as JSON, whole or not at all."""
-    replace_file(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    """Writes it as JSON, whole or not at all; in ASCII, as a reply may hold half a surrogate pair."""
+    replace_file(path, json.dumps(report, indent=1) + "\n")
 
 
 def is_complete(report: dict[str, Any]) -> bool:
-    """Whether a reply came for every judgement."""
-    return not any(model["not_judged"] for model in report["models"].values())
+    """Whether a reply came for every judgement, and every model has a score."""
+    return not any(model["not_judged"] or not model["scores"]["all"] for model in report["models"].values())
 
 
 def _answers(answers: Answers) -> dict[str, Any]:
@@ -66,15 +68,21 @@ def _answers(answers: Answers) -> dict[str, Any]:
 
 
 def _judge(
-    rule: JudgeRule, plan: Plan, options: ClientOptions, client: ChatClient, judgements: Sequence[Judgement]
+    rule: JudgeRule, plan: Plan, options: ClientOptions, client: ChatClient, request: ChatRequest,
+    judgements: Sequence[Judgement],
 ) -> dict[str, Any]:
+    sent = request.body()
     return {
         "model": options.model,
         "served_as": dict(Counter(name for one in judgements for name in one.models)),
         "base_url": client.endpoint.public_url,
         "rule": {"file": rule.path.name if rule.is_own else str(rule.path), "sha256": rule.sha256, "own": rule.is_own},
-        **vars(rule.settings),
+        **rule.settings.model_dump(),
         **vars(plan),  # its orders are those that were asked
+        # Out of what was sent, where the extra body has the last word; None: none was.
+        "temperature": sent.get("temperature"),
+        "max_tokens": sent.get("max_tokens"),
+        "send_seed": "seed" in sent,
         "extra_body": dict(options.extra_body),
     }
 
@@ -97,12 +105,19 @@ def _warnings(report: dict[str, Any]) -> list[str]:
                 f"not given ({_reasons(model['not_judged'])}). Run the same command again: what was paid is kept."
             )
         if model["unparsable"]:
+            orders = report["judge"]["orders"]
+            asked = model["num_judgements"] // len(orders)
+            read = "; ".join(f"{order}: {model['num_scored_by_order'][order]} of {asked} read" for order in orders)
             warnings.append(
                 f"{name}: {sum(model['unparsable'].values())} of {model['num_judgements']} judgements could not be "
-                f"read ({_reasons(model['unparsable'])}) and are left out."
+                f"read ({_reasons(model['unparsable'])}) and are left out; {read}."
             )
         if model["excluded_questions"]:
-            warnings.append(f"{name}: no score for questions {', '.join(model['excluded_questions'])}; left out.")
+            excluded, total = model["excluded_questions"], sum(report["num_questions"].values())
+            warnings.append(
+                f"{name}: {len(excluded)} of {total} questions lack a judgement in some order and are left out: "
+                f"{listed(excluded)}."
+            )
         if model["num_empty_answers"]:
             warnings.append(f"{name}: {model['num_empty_answers']} answers are empty; they were judged as they are.")
     return warnings

@@ -1,7 +1,8 @@
 """From judgements to numbers: relative scores with intervals, spread, the effect of order, what was left out.
 
-A question's scores are the mean over orders of the mean over repeats, of the judgements that could be read. A relative
-score is 100 x the mean of candidates' scores / the mean of references' scores, over questions.
+A question's scores are the mean over orders of the mean over repeats, of the judgements that could be read; it has none
+unless every order has one. A relative score is 100 x the mean of candidates' scores / the mean of references' scores,
+over questions.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def summarize(questions: Sequence[Question], judgements: Sequence[Judgement], bo
         "position_bias": position_bias(judgements, bootstrap),
         "num_judgements": len(judgements),
         "num_scored": sum(one.scores is not None for one in judgements),
+        "num_scored_by_order": {order: sum(one.scores is not None for one in ones) for order, ones in orders.items()},
         "unparsable": _count(one.problem for one in judgements if one.scores is None and one.was_judged),
         "not_judged": _count(_kind(one.problem) for one in judgements if not one.was_judged),
         "asked_again": sum(one.attempts > 1 for one in judgements),
@@ -72,7 +74,11 @@ def categories(questions: Sequence[Question]) -> list[str]:
 
 
 def question_scores(judgements: Sequence[Judgement]) -> Scores:
-    """Scores of the questions that have a judgement which could be read."""
+    """Scores of the questions that have a judgement which could be read in each order that stands in ``judgements``.
+
+    One order alone would score the place that an answer stood in.
+    """
+    num_orders = len(_seen(judgements, "order"))
     found: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for one in judgements:
         if one.scores is not None:
@@ -80,6 +86,7 @@ def question_scores(judgements: Sequence[Judgement]) -> Scores:
     return {
         id: tuple(np.mean([np.mean(pairs, axis=0) for pairs in orders.values()], axis=0).tolist())
         for id, orders in found.items()
+        if len(orders) == num_orders
     }
 
 

@@ -63,12 +63,17 @@ def as_markdown(table: Table) -> str:
 
 def text_summary(report: dict[str, Any]) -> str:
     """What a person reads: warnings, the judge, the table, how to read it, the effect of order."""
-    return "\n".join([*_head(report), "", as_text(score_table(report)), "", *_notes(report)])
+    return _printable("\n".join([*_head(report), "", as_text(score_table(report)), "", *_notes(report)]))
 
 
 def markdown_summary(report: dict[str, Any]) -> str:
     """The same in Markdown."""
-    return "\n\n".join([*_head(report), as_markdown(score_table(report)), *_notes(report)]) + "\n"
+    return _printable("\n\n".join([*_head(report), as_markdown(score_table(report)), *_notes(report)]) + "\n")
+
+
+def _printable(text: str) -> str:
+    """Half a surrogate pair, in a name that a server gave, is no text that can be written: its escape stands for it."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _head(report: dict[str, Any]) -> Iterator[str]:
@@ -79,8 +84,9 @@ def _head(report: dict[str, Any]) -> Iterator[str]:
         "score in % of the reference's"
     )
     served = ", ".join(judge["served_as"]) or "no one"
+    temperature = "the server's" if judge["temperature"] is None else judge["temperature"]
     yield (
-        f"judge {judge['model']} (answered as {served}) at {judge['base_url']}, temperature {judge['temperature']:g}, "
+        f"judge {judge['model']} (answered as {served}) at {judge['base_url']}, temperature {temperature}, "
         f"rule {judge['rule']['file']} {judge['rule']['sha256'][:12]}, orders {' + '.join(judge['orders'])}, "
         f"{judge['repeats']} time(s)"
     )
@@ -125,6 +131,8 @@ def _difference(score: dict[str, Any] | None) -> str:
 
 
 def _interval(score: dict[str, Any], digits: int = 1) -> str:
+    if score["interval"] is None:
+        return "-"
     low, high = score["interval"]
     return f"[{low:.{digits}f}, {high:.{digits}f}]"
 
@@ -143,4 +151,4 @@ def review_summary(reviews: Sequence[dict[str, Any]]) -> str:
             shown = f"{ours['relative']:.1f} {_interval(ours)}" if ours else "-"
             table.append([category, _official(official), shown, str(ours["num_questions"] if ours else 0)])
         lines.append(as_text(table))
-    return "\n".join(lines)
+    return _printable("\n".join(lines))

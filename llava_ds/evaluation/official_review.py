@@ -5,6 +5,8 @@ Sources: haotian-liu/LLaVA c121f04, llava/eval/eval_gpt_review_visual.py (``pars
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 
 from llava_ds.errors import DataError
 from llava_ds.evaluation.judge_parsing import MAX_SCORE, MIN_SCORE, parse_scores
-from llava_ds.evaluation.question_rows import Row, read_rows
+from llava_ds.evaluation.question_rows import Row, read_id, read_rows
 from llava_ds.evaluation.statistics import Bootstrap, relative_score
 
 FAILED = (-1.0, -1.0)
@@ -33,7 +35,8 @@ def official_scores(text: str) -> Pair:
 def official_summary(scores: Sequence[tuple[str | None, Pair]]) -> dict[str, dict[str, float | int | None]]:
     """``summarize_gpt_review.py`` over (category, scores): failures averaged in, means rounded before the division.
 
-    ``relative`` is None where the official script divides by zero.
+    ``relative`` is None where the official script divides by zero. A judge's "nan" or "inf" is a number to it; what
+    comes of that is no number in JSON, and None here.
     """
     groups: dict[str, list[Pair]] = defaultdict(list)
     for category, pair in scores:
@@ -44,27 +47,31 @@ def official_summary(scores: Sequence[tuple[str | None, Pair]]) -> dict[str, dic
     for key in sorted(groups):
         first, second = (round(mean, 3) for mean in np.asarray(groups[key]).mean(0).tolist())
         summary[key] = {
-            "relative": round(second / first * 100, 1) if first else None,
-            "first_x10": round(first * 10, 1),
-            "second_x10": round(second * 10, 1),
+            "relative": _rounded(second / first * 100) if first else None,
+            "first_x10": _rounded(first * 10),
+            "second_x10": _rounded(second * 10),
             "num_judgements": len(groups[key]),
             "num_failed": groups[key].count(FAILED),
         }
     return summary
 
 
+def _rounded(value: float) -> float | None:
+    return round(value, 1) if math.isfinite(value) else None
+
+
 def summarize_reviews(path: Path, bootstrap: Bootstrap) -> dict[str, Any]:
     """An official review file (JSONL with ``tuple``, or ``score`` of older ones) by the official rule and by ours.
 
     Ours takes a stored pair from 1 to 10; where it is none, the judge's text is read again, and what stays unread is
-    left out and counted. Raises DataError that names the line.
+    left out and counted. One id in two categories is two questions. Raises DataError that names the line.
     """
     stored: list[tuple[str | None, Pair]] = []
-    ours: dict[str, dict[str, list[Pair]]] = defaultdict(lambda: defaultdict(list))
+    ours: dict[str, dict[tuple[str | None, str], list[Pair]]] = defaultdict(lambda: defaultdict(list))
     counts = {"num_judgements": 0, "num_failed": 0, "num_recovered": 0}
     excluded: list[str] = []
-    for row in read_rows(path):
-        category, id, pair = row.record.get("category"), str(row.record.get("question_id")), _stored_pair(row)
+    for row in read_rows(path, is_sent=False):
+        category, id, pair = _category(row), read_id(row.record, row.where), _stored_pair(row)
         stored.append((category, pair))
         counts["num_judgements"] += 1
         read = pair if _is_valid(pair) else _read_again(row)
@@ -74,7 +81,7 @@ def summarize_reviews(path: Path, bootstrap: Bootstrap) -> dict[str, Any]:
             excluded.append(id)
             continue
         for key in {"all", category or "all"}:
-            ours[key][id].append(read)
+            ours[key][category, id].append(read)
     return {
         "file": str(path), **counts, "excluded": excluded, "official_rule": official_summary(stored),
         "scores": {key: _score(list(ours[key].values()), bootstrap) for key in sorted(ours)},
@@ -90,11 +97,23 @@ def _score(judgements: Sequence[Sequence[Pair]], bootstrap: Bootstrap) -> dict[s
     }
 
 
+def _category(row: Row) -> str | None:
+    category = row.record.get("category")
+    if category is not None and not isinstance(category, str):
+        raise DataError(f"{row.where}: 'category' must be text, got {category!r:.80}")
+    return category
+
+
 def _stored_pair(row: Row) -> Pair:
     pair = row.record.get("tuple", row.record.get("score"))
-    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(value, int | float) for value in pair):
-        raise DataError(f"{row.where}: expected 'tuple' (or 'score') with two numbers, got {pair!r:.80}")
+    if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_number, pair)):
+        raise DataError(f"{row.where}: expected 'tuple' (or 'score') with two finite numbers, got {pair!r:.80}")
     return float(pair[0]), float(pair[1])
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max  # an integer of JSON may be more than a float holds
 
 
 def _is_valid(pair: Pair) -> bool:

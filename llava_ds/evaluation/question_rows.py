@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_ds.data.sources.jsonl import parse_line
+from llava_ds.data.sources.llava_json import check_unicode
 from llava_ds.errors import DataError
 
 _MAX_LISTED = 20
@@ -21,8 +23,11 @@ class Row:
     record: dict[str, Any]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The objects of a JSONL file. Raises DataError for a missing or empty file, or a bad line."""
+def read_rows(path: Path, is_sent: bool = True) -> list[Row]:
+    """The objects of a JSONL file. Raises DataError for a missing or empty file, or a bad line.
+
+    What ``is_sent`` to a model must be Unicode text: half a surrogate pair is a bad line.
+    """
     if not path.is_file():
         raise DataError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give a JSONL file")
     rows = []
@@ -33,23 +38,35 @@ def read_rows(path: Path) -> list[Row]:
         record = parse_line(line, where)
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected an object, got {type(record).__name__}")
+        if is_sent:
+            check_unicode(where, json.dumps(record, ensure_ascii=False))
         rows.append(Row(where, record))
     if not rows:
         raise DataError(f"{path}: no records; give a JSONL file with one a line")
     return rows
 
 
+def read_id(record: Mapping[str, Any], where: str, key: str = "question_id") -> str:
+    """A question's id as text, so 7 and "7" are one question. Raises DataError for what is no id."""
+    id = record.get(key)
+    if not isinstance(id, str | int) or isinstance(id, bool):
+        raise DataError(f"{where}: {key!r} must be a whole number or text, got {id!r:.80}")
+    return str(id)
+
+
 def rows_by_id(rows: Sequence[Row], problems: list[str]) -> dict[str, Row]:
-    """Rows by id as text, so 7 and "7" are one question; what is no id or stands twice goes to ``problems``."""
+    """Rows by id; what is no id or stands twice goes to ``problems``."""
     found: dict[str, Row] = {}
     for row in rows:
-        id = row.record.get("question_id")
-        if not isinstance(id, str | int) or isinstance(id, bool):
-            problems.append(f"{row.where}: 'question_id' must be a number or text, got {id!r:.80}")
-        elif str(id) in found:
-            problems.append(f"{row.where}: question_id {id} stands also in {found[str(id)].where}")
+        try:
+            id = read_id(row.record, row.where)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if id in found:
+            problems.append(f"{row.where}: question_id {id} stands also in {found[id].where}")
         else:
-            found[str(id)] = row
+            found[id] = row
     return found
 
 

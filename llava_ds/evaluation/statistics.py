@@ -19,12 +19,15 @@ class Bootstrap:
     confidence: float = 0.95
     seed: int = 0
 
-    def interval(self, rows: np.ndarray, statistic: Statistic) -> tuple[float, float]:
+    def interval(self, rows: np.ndarray, statistic: Statistic) -> tuple[float, float] | None:
         """The interval of ``statistic``, a function of column means ``[..., K] -> [...]``, over ``rows`` [N, K].
 
-        The draws depend on the seed and N only, so two columns of one table are drawn together (paired).
+        None for one row, which does not say how rows differ. The draws depend on the seed and N only, so two columns of
+        one table are drawn together (paired).
         """
         num_rows = len(rows)
+        if num_rows < 2:
+            return None
         draws = np.random.default_rng(self.seed).multinomial(
             num_rows, np.full(num_rows, 1 / num_rows), size=self.num_resamples
         )
@@ -48,6 +51,6 @@ def only_mean(means: np.ndarray) -> np.ndarray:
     return means[..., 0]
 
 
-def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and the sample's standard deviation (n - 1), which one value has not."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+def mean_and_std(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """The mean, which no values have not, and the sample's standard deviation (n - 1), which one value has not."""
+    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None

@@ -26,7 +26,7 @@ from tests.helpers.bench import (
     write_rows,
 )
 from tests.helpers.chat_server import MODEL, serve_chat
-from tests.helpers.fault_proxy import FAULTS, PROMPT_TOKENS, FaultProxy, fault_proxy
+from tests.helpers.fault_proxy import FAULTS, PROMPT_TOKENS, FaultProxy, chat_reply, fault_proxy
 from tests.helpers.scripted_judge import ScriptedJudge, verdict
 
 GRAMMAR = r"""root ::= score " " score "\n" [A-Za-z ,.]+
@@ -221,6 +221,65 @@ def test_nothing_is_asked_when_files_do_not_fit_or_for_a_dry_run(tmp_path):
         assert not judge.answered and not (tmp_path / "out.json").exists()
     assert _run(files, None, tmp_path).exit_code == 2
     assert "there is no folder" in _run(files, judge, tmp_path, "--json", str(tmp_path / "no" / "out.json")).output
+
+
+def test_any_reply_can_be_written_and_is_written_once_more(tmp_path):
+    files = write_bench(tmp_path, 3)
+    with fault_proxy(lambda body: chat_reply("8 9\n\ud83d half", "judge-1\ud83d")) as judge:
+        for num_calls in (6, 6):
+            done = _run(files, judge, tmp_path, "--markdown", str(tmp_path / "table.md"))
+            assert done.exit_code == 0 and judge.totals() == {"good": num_calls}
+    assert {one["text"] for one in _report(tmp_path)["judgements"]["ours"]} == {"8 9\n\ud83d half"}
+    assert all("answered as judge-1\\ud83d" in text for text in (done.output, (tmp_path / "table.md").read_text()))
+
+
+def test_a_result_that_cannot_be_written_is_an_error_after_its_numbers(tmp_path):
+    files = write_bench(tmp_path, 3)
+    with fault_proxy(lambda body: "8 9") as judge:
+        done = _run(files, judge, tmp_path, "--json", str(tmp_path / ("x" * 300)))
+    assert done.exit_code == 2 and "score in % of" in done.output and "Error: OSError: " in done.output
+
+
+def test_the_result_says_what_was_sent(tmp_path):
+    rule, judge = tmp_path / "rule.json", ScriptedJudge()
+    words = {name: {"role": "Assistant", "prompt": "Rate."} for name in CATEGORIES}
+    rule.write_text(json.dumps(words | {"judge": {"temperature": None, "send_seed": True}}))
+    files = write_bench(tmp_path, 3)
+    extra = {"temperature": 1, "max_tokens": None, "max_completion_tokens": 900, "seed": None}
+    with fault_proxy(judge) as proxy:
+        for options, shown, recorded in (
+            ((), "the server's", (None, 1024, True, {})),
+            (("--extra-body", json.dumps(extra)), "1", (1, None, False, extra)),
+        ):
+            done = _run(files, proxy, tmp_path, "--rule", str(rule), *options)
+            settings = _report(tmp_path)["judge"]
+            assert f"temperature {shown}, rule" in done.output
+            assert tuple(settings[key] for key in ("temperature", "max_tokens", "send_seed", "extra_body")) == recorded
+    names = {name for body in judge.asked for name in body} - {"model", "messages", "top_p"}
+    assert names == {"max_tokens", "seed", "temperature", "max_completion_tokens"}
+    assert {body.get("temperature") for body in judge.asked} == {None, 1}
+
+
+@pytest.mark.parametrize("reply", ["", "nan 9", "I cannot say."])
+def test_where_nothing_can_be_scored_nothing_is_done(tmp_path, reply):
+    with fault_proxy(lambda body: reply) as judge:
+        done = _run(write_bench(tmp_path, 3), judge, tmp_path, "--max-attempts", "1", "--max-tries", "1")
+    assert done.exit_code == 1
+    text = (tmp_path / "out.json").read_text()
+    assert "NaN" not in text and json.loads(text)["models"]["ours"]["scores"]["all"] is None
+
+
+def test_an_order_that_is_never_read_is_no_score_and_said(tmp_path):
+    def first_reads(body):
+        content = body["messages"][1]["content"]
+        return "9 8" if content.index("A dog, number") < content.index("ours says") else "Well."
+
+    with fault_proxy(first_reads) as judge:
+        done = _run(write_bench(tmp_path, 6), judge, tmp_path, "--max-attempts", "1")
+    assert done.exit_code == 1
+    assert "are left out; reference_first: 6 of 6 read; candidate_first: 0 of 6 read." in done.output
+    assert "6 of 6 questions lack a judgement in some order and are left out: 0, 1, 2, 3, 4, 5." in done.output
+    assert _report(tmp_path)["models"]["ours"]["scores"]["all"] is None
 
 
 def test_official_reviews_are_summed_up(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import random
 import statistics as standard
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from llava_ds.evaluation.judge import Judgement, Slot
 from llava_ds.evaluation.judge_summary import categories, compare, position_bias, question_scores, summarize
 from llava_ds.evaluation.judge_tables import as_markdown, as_text, review_summary, score_table
 from llava_ds.evaluation.llava_bench import Question
-from llava_ds.evaluation.official_review import FAILED, official_summary, summarize_reviews
+from llava_ds.evaluation.official_review import FAILED, official_scores, official_summary, summarize_reviews
 from llava_ds.evaluation.statistics import (
     Bootstrap,
     mean_and_std,
@@ -43,8 +44,27 @@ def test_a_questions_score_is_the_mean_over_orders_of_the_mean_over_repeats():
         _judgement(1, None, FIRST, 0, "no number"), _judgement(1, (7, 7), SECOND, 0),
         _judgement(2, None, FIRST, 0, "empty"),
     ]
-    # 0: ((8 + 10) / 2 + 5) / 2, ((4 + 6) / 2 + 9) / 2
-    assert question_scores(judgements) == {"0": (7.0, 7.0), "1": (7.0, 7.0)}
+    # 0: ((8 + 10) / 2 + 5) / 2, ((4 + 6) / 2 + 9) / 2; 1 and 2 lack an order.
+    assert question_scores(judgements) == {"0": (7.0, 7.0)}
+    assert question_scores(judgements[5:6]) == {"1": (7.0, 7.0)}  # where one order was asked, none is lacking
+
+
+def test_a_lost_order_moves_no_score():
+    """Every answer that stands first gets 9, the other 8: no order alone says that both are as good."""
+    questions = _questions("conv", "conv", "conv")
+    judgements = [_judgement(id, pair, order) for id in range(3) for order, pair in ((FIRST, (9, 8)), (SECOND, (8, 9)))]
+    lost = [replace(one, scores=None, problem="no number") if one.slot.order == SECOND else one for one in judgements]
+    assert summarize(questions, judgements, BOOTSTRAP)["scores"]["all"]["relative"] == 100
+    some = summarize(questions, [*judgements[:4], *lost[4:]], BOOTSTRAP)
+    assert some["scores"]["all"]["relative"] == 100 and some["scores"]["all"]["num_questions"] == 2
+    assert some["excluded_questions"] == ["2"] and some["num_scored_by_order"] == {FIRST: 3, SECOND: 2}
+    none = summarize(questions, lost, BOOTSTRAP)
+    assert none["scores"] == {"conv": None, "all": None} and none["num_scored_by_order"] == {FIRST: 3, SECOND: 0}
+    # Orders that were read in different repeats: a score, and no repeat that has one of its own.
+    apart = [_judgement(0, (9, 8), FIRST, 0), _judgement(0, None, SECOND, 0, "empty"),
+             _judgement(0, None, FIRST, 1, "empty"), _judgement(0, (8, 9), SECOND, 1)]
+    found = summarize(questions[:1], apart, BOOTSTRAP)["scores"]["all"]
+    assert found["relative"] == 100 and found["repeats"] == {"relative": [], "mean": None, "std": None}
 
 
 def test_everything_about_one_model_by_hand():
@@ -55,7 +75,7 @@ def test_everything_about_one_model_by_hand():
         _judgement(1, (10, 9), FIRST, 0), _judgement(1, (10, 10), SECOND, 0),
         _judgement(1, (10, 10), FIRST, 1), _judgement(1, (10, 9), SECOND, 1),
         _judgement(2, (5, 5), FIRST, 0, category="detail"),
-        _judgement(2, None, SECOND, 0, "no number", "detail"),
+        _judgement(2, (5, 5), SECOND, 0, category="detail"),
         _judgement(2, None, FIRST, 1, "no number", "detail"),
         _judgement(2, None, SECOND, 1, "budget", "detail", was_judged=False, text=" "),
         _judgement(3, None, FIRST, 0, "one number", "complex"),
@@ -68,14 +88,14 @@ def test_everything_about_one_model_by_hand():
     assert conv["by_order"] == {FIRST: 7.25 / 9 * 100, SECOND: 8.25 / 9 * 100}
     assert conv["repeats"]["relative"] == [7.25 / 9 * 100, 8.25 / 9 * 100]
     assert conv["repeats"]["std"] == pytest.approx(1 / 9 * 100 / 2**0.5)
-    assert found["scores"]["detail"]["relative"] == 100 and found["scores"]["detail"]["interval"] == (100, 100)
+    assert found["scores"]["detail"]["relative"] == 100 and found["scores"]["detail"]["interval"] is None
     assert found["scores"]["detail"]["repeats"] == {"relative": [100.0], "mean": 100.0, "std": None}
     assert found["scores"]["complex"] is None
     every = found["scores"]["all"]
     assert every["num_questions"] == 3 and every["relative"] == pytest.approx((6 + 9.5 + 5) / (8 + 10 + 5) * 100)
     assert every["relative"] != pytest.approx((conv["relative"] + 100) / 2)
-    assert (found["num_judgements"], found["num_scored"]) == (13, 9)
-    assert found["unparsable"] == {"no number": 2, "one number": 1} and found["not_judged"] == {"budget": 1}
+    assert (found["num_judgements"], found["num_scored"]) == (13, 10)
+    assert found["unparsable"] == {"no number": 1, "one number": 1} and found["not_judged"] == {"budget": 1}
     assert found["excluded_questions"] == ["3"] and found["partly_judged_questions"] == ["2"]
     # Reference first alone: 4 6 9 10 5, and -1 for the two that were judged and cannot be read.
     official = found["official_rule"]
@@ -98,6 +118,7 @@ def test_position_bias_by_hand():
     found = position_bias(judgements, BOOTSTRAP)
     assert found["points_for_first"] == 0.75 and found["num_questions"] == 2 and found["interval"] == (0.0, 1.5)
     assert position_bias(judgements[:1], BOOTSTRAP) is None
+    assert position_bias(judgements[:2], BOOTSTRAP) == {"points_for_first": 1.5, "interval": None, "num_questions": 1}
 
 
 def test_comparison_pairs_questions():
@@ -107,7 +128,7 @@ def test_comparison_pairs_questions():
     found = compare(questions, one, other, BOOTSTRAP)
     assert found["all"]["num_questions"] == 3 and found["all"]["difference"] == pytest.approx(10)
     assert found["all"]["interval"] == pytest.approx((10, 10))  # paired: it is 10 on every question
-    assert found["detail"]["num_questions"] == 1 and "complex" not in found
+    assert found["detail"]["num_questions"] == 1 and found["detail"]["interval"] is None and "complex" not in found
 
 
 def test_order_of_judgements_means_nothing():
@@ -131,6 +152,7 @@ def test_other_categories_stand_before_all():
 
 def test_mean_and_std():
     assert mean_and_std([2.0, 4.0, 9.0]) == (5.0, standard.stdev([2, 4, 9])) and mean_and_std([3.0]) == (3.0, None)
+    assert mean_and_std([]) == (None, None)
 
 
 def test_bootstrap_is_a_function_of_its_seed():
@@ -139,6 +161,7 @@ def test_bootstrap_is_a_function_of_its_seed():
     assert (low, high) == Bootstrap(1000, seed=1).interval(rows, relative_score)
     assert (low, high) != Bootstrap(1000, seed=2).interval(rows, relative_score)
     assert low < rows[:, 1].mean() / rows[:, 0].mean() * 100 < high
+    assert Bootstrap(1000).interval(rows[:1], relative_score) is None
 
 
 def test_bootstrap_interval_against_resamples_drawn_one_by_one():
@@ -188,6 +211,8 @@ def test_the_official_summary_by_hand():
     assert found["detail"]["relative"] == round(4.333 / 7.333 * 100, 1) == 59.1
     assert found["detail"]["first_x10"] == 73.3 and found["all"]["relative"] == round(4.0 / 6.0 * 100, 1)
     assert official_summary([("conv", (0.0, 1.0))])["conv"]["relative"] is None  # the official script ends here
+    odd = official_summary([("conv", official_scores("nan 9")), ("conv", (9.0, 8.0))])["conv"]
+    assert odd == {"relative": None, "first_x10": None, "second_x10": 85.0, "num_judgements": 2, "num_failed": 0}
 
 
 def test_official_reviews_by_both_rules(tmp_path):
@@ -208,9 +233,32 @@ def test_official_reviews_by_both_rules(tmp_path):
     assert "5 judgements, 2 of them failed, 1 of these could be read after all" in text and "87.5" in text
     older = write_rows(tmp_path / "older.jsonl", [{"question_id": 7, "text": "8 9\n.", "score": [8.0, 9.0]}])
     assert summarize_reviews(older, BOOTSTRAP)["official_rule"]["all"]["relative"] == 112.5
-    bad = write_rows(tmp_path / "bad.jsonl", [{"question_id": 7, "tuple": [8.0]}])
-    with pytest.raises(DataError, match="bad.jsonl:1: expected 'tuple'"):
-        summarize_reviews(bad, BOOTSTRAP)
+    text = review_summary([summarize_reviews(older, BOOTSTRAP)])
+    assert text.splitlines()[-1].split() == ["all", "112.5", "112.5", "-", "1"]  # one question has no interval
+
+
+def test_one_id_in_two_categories_of_reviews_is_two_questions(tmp_path):
+    rows = [{"question_id": 0, "category": category, "tuple": [8, score], "content": "half \ud83d"}
+            for category, score in (("conv", 6), ("llava_bench_conv", 2), ("conv", 8))]
+    found = summarize_reviews(write_rows(tmp_path / "reviews.jsonl", rows), BOOTSTRAP)["scores"]
+    assert {key: found[key]["num_questions"] for key in found} == {"all": 2, "conv": 1, "llava_bench_conv": 1}
+    assert found["all"]["relative"] == pytest.approx((7 + 2) / 16 * 100)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"tuple": [8.0]}, "expected 'tuple'"), ({"tuple": [True, True]}, "two finite numbers"),
+        ({"tuple": [float("nan"), 8]}, "two finite numbers"), ({"tuple": [10**400, 1]}, "two finite numbers"),
+        ({"question_id": None}, "'question_id' must be"), ({"category": 3}, "'category' must be text, got 3"),
+        ({"category": ["x"]}, "'category' must be text"),
+    ],
+)
+def test_bad_reviews(tmp_path, change, part):
+    good = {"question_id": 7, "category": "conv", "tuple": [8, 9]}
+    path = write_rows(tmp_path / "bad.jsonl", [good, good | change])
+    with pytest.raises(DataError, match=f"bad.jsonl:2: .*{part}"):
+        summarize_reviews(path, BOOTSTRAP)
 
 
 def _report(**changes):
@@ -229,12 +277,12 @@ def test_tables_have_the_papers_rows_and_ours():
     table = score_table(_report())
     assert table[0] == ["", "Conversation", "Detail description", "Complex reasoning", "All"]
     assert table[1] == ["paper: LLaVA, full data", "83.1", "75.3", "96.5", "85.1"]
-    assert table[6] == ["a|b", "50.0 [50.0, 50.0]", "75.0 [75.0, 75.0]", "100.0 [100.0, 100.0]", "75.0 [50.0, 100.0]"]
+    assert table[6] == ["a|b", "50.0 -", "75.0 -", "100.0 -", "75.0 [50.0, 100.0]"]
     assert table[7] == ["a|b, official rule", "50.0", "75.0", "100.0", "75.0"]
     wild = score_table(_report(benchmark="llava_bench_in_the_wild"))
     assert wild[3] == ["paper: LLaVA", "57.3 ± 1.9", "52.5 ± 6.3", "81.7 ± 1.8", "67.3 ± 2.0"]
     lines = as_markdown(table).splitlines()
-    assert lines[1] == "| --- | ---: | ---: | ---: | ---: |" and lines[7].startswith("| a\\|b | 50.0 [50.0, 50.0] |")
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: |" and lines[7].startswith("| a\\|b | 50.0 - | 75.0 - |")
     assert len({len(line) for line in as_text(table).splitlines()}) == 1
 
 

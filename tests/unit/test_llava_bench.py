@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from llava_ds.errors import ConfigError, DataError
+from llava_ds.evaluation import exact_match, llava_bench_questions
 from llava_ds.evaluation.judge import Plan, plan_requests
-from llava_ds.evaluation.judge_prompts import ORDERS, load_rule
+from llava_ds.evaluation.judge_prompts import ORDERS, JudgeSettings, load_rule
 from llava_ds.evaluation.llava_bench import Bench, read_bench
 from tests.helpers.bench import CATEGORIES, read_rows, shared_coco, shuffle, write_answers, write_bench, write_rows
 
@@ -65,7 +66,7 @@ def test_all_problems_at_once_with_ids_and_files(tmp_path):
         ("ours", {"text": None}, "'text' must be text"),
         ("references", {"text": " "}, "'text' must be text with words"),
         ("questions", {"category": None}, "'category' must be text"),
-        ("questions", {"question_id": True}, "'question_id' must be a number or text, got True"),
+        ("questions", {"question_id": True}, "'question_id' must be a whole number or text, got True"),
         ("context", {"captions": None}, "expected image, captions, instances"),
         ("context", {"captions": [1]}, "expected image, captions, instances"),
         ("context", {"instances": [{}]}, "expected image, captions, instances"),
@@ -99,6 +100,27 @@ def test_bad_files(tmp_path):
     mixed = [*read_rows(files["context"]), {"image": "a.jpg", "caption": "A dog."}]
     with pytest.raises(DataError, match="mixes contexts"):
         _read(files | {"context": write_rows(tmp_path / "mixed.jsonl", mixed)})
+
+
+@pytest.mark.parametrize("name", ["questions", "references", "context", "ours"])
+def test_half_a_surrogate_pair_is_refused_before_it_is_paid(tmp_path, name):
+    files = write_bench(tmp_path)
+    rows = read_rows(files[name])
+    write_rows(files[name], [rows[0], rows[1] | {"captions" if name == "context" else "text": "half \ud83d"}])
+    with pytest.raises(DataError, match=f"{files[name].name}:2: not Unicode text"):
+        _read(files)
+
+
+@pytest.mark.parametrize("id", [None, True, 1.5, [1]])
+def test_what_is_no_question_id_is_none_anywhere(tmp_path, id):
+    """The questions that a model is asked, LLaVA-Bench's and those of exact match, read ids as the judge does."""
+    row = {"id": id, "question_id": id, "image": "0.jpg", "text": "?", "kind": "k", "question": "?", "answer": "a"}
+    bench, listed = write_rows(tmp_path / "q.jsonl", [row]), tmp_path / "q.json"
+    listed.write_text(json.dumps([row]))
+    with pytest.raises(DataError, match="q.jsonl:1: 'question_id' must be a whole number or text, got"):
+        llava_bench_questions.read_questions(bench)
+    with pytest.raises(DataError, match=r"q.json\[0\]: 'id' must be a whole number or text, got"):
+        exact_match.read_questions(listed)
 
 
 def test_official_answers_and_empty_ones(tmp_path):
@@ -169,8 +191,7 @@ def test_our_rule_names_every_kind_of_question_in_other_words(tmp_path):
     [
         ("[", "cannot be read"), ("[]", "expected rules by kind"), ("{}", "no kind"),
         ("conv: {role: A}", r"\['conv'\]"),
-        ("judge: {temprature: 1}\nconv: {role: A, prompt: B}", "'judge' may hold system, temperature"),
-        ("judge: {orders: [both]}\nconv: {role: A, prompt: B}", "judge.orders may hold reference_first and"),
+        ("3: {role: A, prompt: B}", r"\['3'\]"),
     ],
 )
 def test_bad_rules(tmp_path, text, part):
@@ -178,6 +199,48 @@ def test_bad_rules(tmp_path, text, part):
     path.write_text(text)
     with pytest.raises(ConfigError, match=part):
         load_rule(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ("temprature: 1", "temprature: unknown key; did you mean 'temperature'"),
+        ("orders: [both]", "orders.0: Input should be 'reference_first' or 'candidate_first', got 'both'"),
+        ("orders: [[a]]", "orders.0: Input should be"), ("orders: 3", "orders: Input should be a valid tuple, got 3"),
+        ("orders: []", "orders: Value error, name one or both"),
+        ("orders: [reference_first, reference_first]", "orders: Value error, name one or both of .*, each once"),
+        ("temperature: hot", "temperature: Input should be a valid number"), ("temperature: -1", "temperature: "),
+        ("temperature: .nan", "temperature: Input should be a finite number"),
+        ("max_tokens: null", "max_tokens: Input should be a valid integer"), ("max_tokens: 0", "max_tokens: "),
+        ("system: null", "system: Input should be a valid string"), ("send_seed: maybe", "send_seed: "),
+    ],
+)
+def test_bad_settings_of_a_rule(tmp_path, settings, part):
+    path = tmp_path / "rule.yaml"
+    path.write_text(f"judge: {{{settings}}}\nconv: {{role: A, prompt: B}}")
+    with pytest.raises(ConfigError, match=f"rule.yaml, judge: 1 problem.s.:\n  {part}"):
+        load_rule(path)
+
+
+def test_a_rule_says_all_that_is_wrong_and_is_unicode(tmp_path):
+    path = tmp_path / "rule.yaml"
+    path.write_text("judge: {temperature: hot, system: 3}")
+    with pytest.raises(ConfigError, match=r"judge: 2 problem\(s\):\n  system: .*, got 3\n  temperature: .*, got 'hot'"):
+        load_rule(path)
+    path.write_text('conv: {role: A, prompt: "half \\ud83d"}')
+    with pytest.raises(DataError, match="rule.yaml: not Unicode text"):
+        load_rule(path)
+
+
+def test_settings_of_a_rule(tmp_path):
+    path = tmp_path / "rule.yaml"
+    path.write_text('judge: {temperature: null, send_seed: "no"}\n'
+                    + "".join(f"{name}: {{role: A, prompt: B}}\n" for name in CATEGORIES))
+    rule = load_rule(path)
+    assert rule.settings == JudgeSettings(temperature=None) and rule.settings.send_seed is False
+    bench = _read(write_bench(tmp_path))
+    sent = [plan_requests(bench, rule, PLAN, "judge", extra)[0][1].body() for extra in ({}, {"temperature": 1})]
+    assert "temperature" not in sent[0] and sent[1]["temperature"] == 1
 
 
 def test_a_kind_of_question_without_a_rule_is_said_before_anything_is_asked(tmp_path):
