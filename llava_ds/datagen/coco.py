@@ -104,7 +104,7 @@ def _read_sizes(tables: dict[str, list[Any]], name: str, bad: BadRecords) -> dic
     """Width and height in pixels by image id."""
     images: dict[int, tuple[Any, ...]] = {}
     for where, row in _each(tables, "images", name, bad):
-        image = row.get("width"), row.get("height"), row.get("file_name")
+        image: tuple[Any, ...] = row.get("width"), row.get("height"), row.get("file_name")
         try:
             if not all(is_number(side) and side > 0 for side in image[:2]):
                 raise DataError(

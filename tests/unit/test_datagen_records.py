@@ -102,7 +102,10 @@ def test_bad_lines_are_named_or_counted(tmp_path, reason):
 
 
 def test_boxes_that_are_no_boxes(tmp_path):
-    for bbox in ([0, 0, 1], [0, 0, 1, float("nan")], [0, 0, 1, 10**400], [0, 0, 1, 1.001], [-0.001, 0, 1, 1], [0, 1, 1, 0], None, "0123"):
+    for bbox in (
+        [0, 0, 1], [0, 0, 1, float("nan")], [0, 0, 1, 10**400], [0, 0, 1, 1.001], [-0.001, 0, 1, 1], [0, 1, 1, 0], None,
+        "0123",
+    ):
         path = write_jsonl(tmp_path, {**GOOD, "instances": [{"category": "cat", "bbox": bbox}]})
         with pytest.raises(DataError, match="bbox"):
             read_jsonl(path)
