@@ -81,7 +81,7 @@ class OutputFolder:
     def _replace(self, name: str, records: Iterable[Mapping[str, Any]], start: str, between: str, end: str) -> int:
         """Writes records one by one beside the file, then puts them in its place."""
         partial, count = self.path / f".{name}", 0
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate: as JSON has it
             file.write(start)
             for record in records:
                 file.write((between if count else "") + json.dumps(record, ensure_ascii=False))
