@@ -87,7 +87,7 @@ def _each(tables: dict[str, list[Any]], table: str, name: str, bad: BadRecords) 
 
 def _group_captions(tables: dict[str, list[Any]], name: str, bad: BadRecords) -> dict[int, list[str]]:
     ids = (row.get("id") for row in tables["images"] if isinstance(row, dict))
-    known = {image_id for image_id in ids if isinstance(image_id, int)}
+    known = {image_id for image_id in ids if isinstance(image_id, int | float)}  # 42.0 is told of where it stands
     groups = defaultdict(list)
     for where, row in _each(tables, "annotations", name, bad):
         try:

@@ -157,6 +157,7 @@ def more(tables, table, row):
          "a caption of an unknown image", 1),
         (more(CAPTIONS, "images", CAPTIONS["images"][0]), INSTANCES, r"captions_train.json images\[2\]",
          "an id stands twice", 2),
+        (changed(CAPTIONS, "images", 1, id=9.0), INSTANCES, r"captions_train.json images\[1\]", "no 'id'", 1),
         (changed(CAPTIONS, "images", 1, file_name=""), INSTANCES, r"captions_train.json images\[1\]",
          "no 'file_name'", 1),
         (CAPTIONS, changed(INSTANCES, "images", 1, id=5), r"captions_train.json images\[1\]",
