@@ -20,6 +20,7 @@ from llava_ds.datagen.records import (
     is_number,
     one_line,
     parse_box,
+    parse_path,
 )
 from llava_ds.errors import DataError
 
@@ -85,10 +86,15 @@ def _each(tables: dict[str, list[Any]], table: str, name: str, bad: BadRecords) 
 
 
 def _group_captions(tables: dict[str, list[Any]], name: str, bad: BadRecords) -> dict[int, list[str]]:
+    ids = (row.get("id") for row in tables["images"] if isinstance(row, dict))
+    known = {image_id for image_id in ids if isinstance(image_id, int | float)}  # 42.0 is told of where it stands
     groups = defaultdict(list)
     for where, row in _each(tables, "annotations", name, bad):
         try:
-            groups[_number(row, "image_id", where)].append(one_line(row.get("caption"), where, "caption"))
+            image_id = _number(row, "image_id", where)
+            if image_id not in known:
+                raise DataError(f"{where}: no image of {name} has the id {image_id}", "a caption of an unknown image")
+            groups[image_id].append(one_line(row.get("caption"), where, "caption"))
         except DataError as error:
             bad.handle(error)
     return groups
@@ -96,27 +102,50 @@ def _group_captions(tables: dict[str, list[Any]], name: str, bad: BadRecords) ->
 
 def _read_sizes(tables: dict[str, list[Any]], name: str, bad: BadRecords) -> dict[int, tuple[float, float]]:
     """Width and height in pixels by image id."""
-    sizes = {}
+    images: dict[int, tuple[Any, ...]] = {}
     for where, row in _each(tables, "images", name, bad):
-        size = row.get("width"), row.get("height")
+        image: tuple[Any, ...] = row.get("width"), row.get("height"), row.get("file_name")
         try:
-            if not all(is_number(side) and side > 0 for side in size):  # type: ignore[operator]
-                raise DataError(f"{where}: width and height must be numbers above 0, got {size}", "no size of an image")
-            sizes[_number(row, "id", where)] = size
+            if not all(is_number(side) and side > 0 for side in image[:2]):
+                raise DataError(
+                    f"{where}: width and height must be numbers above 0, got {image[:2]!r:.80}", "no size of an image"
+                )
+            _add(images, _number(row, "id", where), image, where, "an image id stands twice, and says two things")
         except DataError as error:
             bad.handle(error)
-    return sizes  # type: ignore[return-value]
+    return {image_id: (width, height) for image_id, (width, height, _) in images.items()}
+
+
+def _read_categories(tables: dict[str, list[Any]], name: str, bad: BadRecords) -> dict[int, str]:
+    """Names by id."""
+    categories: dict[int, str] = {}
+    for where, row in _each(tables, "categories", name, bad):
+        try:
+            category = one_line(row.get("name"), where, "category")
+            _add(categories, _number(row, "id", where), category, where, "a category id stands twice, with two names")
+        except DataError as error:
+            bad.handle(error)
+    return categories
+
+
+def _add(known: dict[int, Any], row_id: int, value: Any, where: str, reason: str) -> None:
+    """Raises DataError when the id is known as something else."""
+    if known.setdefault(row_id, value) != value:
+        raise DataError(f"{where}: the id {row_id} is {value!r:.80} here, and {known[row_id]!r:.80} before", reason)
 
 
 def _group_boxes(
     tables: dict[str, list[Any]], sizes: dict[int, tuple[float, float]], name: str, bad: BadRecords
 ) -> dict[int, list[Instance]]:
-    categories = {_number(row, "id", where): row.get("name") for where, row in _each(tables, "categories", name, bad)}
+    categories = _read_categories(tables, name, bad)
     groups = defaultdict(list)
     for where, row in _each(tables, "annotations", name, bad):
         try:
             image_id = _number(row, "image_id", where)
-            if row.get("iscrowd"):
+            is_crowd = row.get("iscrowd", 0)
+            if is_crowd not in (0, 1):
+                raise DataError(f"{where}: 'iscrowd' must be 0 or 1, got {is_crowd!r:.80}", "'iscrowd' is not 0 or 1")
+            if is_crowd:
                 bad.counts[_CROWD] += 1
                 continue
             category_id = _number(row, "category_id", where)
@@ -125,7 +154,7 @@ def _group_boxes(
             if image_id not in sizes:
                 raise DataError(f"{where}: no image of {name} has the id {image_id}", "a box of an unknown image")
             box = _normalise(row.get("bbox"), sizes[image_id], where)
-            groups[image_id].append(Instance(one_line(categories[category_id], where, "category"), box))
+            groups[image_id].append(Instance(categories[category_id], box))
         except DataError as error:
             bad.handle(error)
     return groups
@@ -161,8 +190,8 @@ def _join(
         )
     if not texts.get(image_id):
         raise DataError(f"{where}: no caption of the image {image_id}", "no caption")
-    file_name = one_line(row.get("file_name"), where, "file_name")
-    return AnnotatedImage(f"{image_id:012d}", file_name, tuple(texts[image_id]), tuple(boxes.get(image_id, ())))
+    captions, instances = tuple(texts[image_id]), tuple(boxes.get(image_id, ()))
+    return AnnotatedImage(f"{image_id:012d}", parse_path(row, "file_name", where), captions, instances)
 
 
 def _number(row: dict[str, Any], name: str, where: str) -> int:

@@ -36,7 +36,8 @@ def generate(
     by_id = {sample.id: sample for sample in samples}
 
     def check(request: ChatRequest, reply: ChatReply) -> str | None:
-        return find_fault(by_id[request.id].kind, reply.text, reply.finish_reason)
+        sample = by_id[request.id]
+        return find_fault(sample.kind, reply.text, reply.finish_reason, sample.image.instances)
 
     done = {}
     for outcome in client.ask(Requests(samples, prompts, settings), check, settings.max_attempts):

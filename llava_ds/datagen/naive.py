@@ -13,6 +13,7 @@ from llava_ds.datagen.balance import MAX_PER_PHRASE, MIN_FREQUENCY, Balanced, ba
 from llava_ds.datagen.noun_phrases import FindPhrases
 from llava_ds.datagen.output import OutputFolder
 from llava_ds.datagen.records import BadRecords, OnBadRecord
+from llava_ds.datagen.validate import FAULTS, SPECIAL_TOKEN
 from llava_ds.errors import DataError
 from llava_ds.schema import Sample
 
@@ -100,6 +101,8 @@ def _read(source: CaptionSource, numbers: Iterable[int], bad: BadRecords) -> Ite
                     "file as it is, or write the pictures out first",
                     "a picture inside the file",
                 )
+            if found := FAULTS[SPECIAL_TOKEN].search(sample.turns[1].text):
+                raise DataError(f"{sample.where()}: the caption holds {found[0].strip()!r}", SPECIAL_TOKEN)
         except DataError as error:
             bad.handle(error)
         else:

@@ -62,12 +62,15 @@ def plan_samples(
 
 
 def share_out(total: int, shares: Mapping[str, int]) -> dict[str, int]:
-    """``total`` in proportion to ``shares``, by the largest remainder (the first wins a tie)."""
-    whole = sum(shares.values())
-    counts = {name: total * share // whole for name, share in shares.items()}
-    by_remainder = sorted(shares, key=lambda name: -(total * shares[name] % whole))
-    for name in by_remainder[: total - sum(counts.values())]:
-        counts[name] += 1
+    """``total`` in proportion to ``shares``, by Webster's method (the first wins a tie): exact where that is possible.
+
+    One after the other goes to whoever is furthest behind, so no count shrinks when ``total`` grows.
+    """
+    whole, start = sum(shares.values()), max(total - len(shares), 0)
+    # Rounded shares of a little less are where that order passes by: the last few are left to hand out.
+    counts = {name: -((whole - 2 * start * share) // (2 * whole)) for name, share in shares.items()}
+    for _ in range(total - sum(counts.values())):
+        counts[max(shares, key=lambda name: shares[name] / (2 * counts[name] + 1))] += 1
     return counts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,16 +91,23 @@ def parse_image(record: Any, where: str) -> AnnotatedImage:
     if not isinstance(image_id, str | int) or isinstance(image_id, bool) or image_id == "":
         raise DataError(f"{where}: 'id' must be text or a number, got {image_id!r:.80}", "no 'id'")
     where = f"{where} id={str(image_id)!r}"
-    image = record.get("image")
-    if not isinstance(image, str) or not image:
-        raise DataError(f"{where}: 'image' must be the path of a picture, got {image!r:.80}", "no 'image'")
-    check_unicode(where, str(image_id), image)
+    check_unicode(where, str(image_id))
+    image = parse_path(record, "image", where)
     captions = parse_captions(record.get("captions"), where)
     instances = record.get("instances", [])
     if not isinstance(instances, list):
         raise DataError(f"{where}: 'instances' must be a list, got {instances!r:.80}", "'instances' is no list")
     boxes = tuple(_parse_instance(instance, f"{where} instance {number}") for number, instance in enumerate(instances))
     return AnnotatedImage(str(image_id), image, captions, boxes)
+
+
+def parse_path(record: dict[str, Any], name: str, where: str) -> str:
+    """The path of a picture, as it stands in the field ``name``. Raises DataError when there is none."""
+    path = record.get(name)
+    if not isinstance(path, str) or not path:
+        raise DataError(f"{where}: {name!r} must be the path of a picture, got {path!r:.80}", f"no {name!r}")
+    check_unicode(where, path)
+    return path
 
 
 def parse_captions(captions: Any, where: str) -> tuple[str, ...]:
@@ -139,8 +146,8 @@ def parse_box(box: Any, where: str) -> Box:
 
 
 def is_number(value: Any) -> bool:
-    """A finite int or float; a bool is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """An int or float that is finite as a float; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_new(image_id: str, seen: set[str], where: str) -> None:

@@ -135,6 +135,25 @@ def test_refused_replies_are_asked_again_and_kept(tmp_path):
         assert by_id[line["id"]]["request_key"] != line["replies"][0]["request_key"]
 
 
+@pytest.mark.parametrize(
+    ("added", "reason"),
+    [(" It is 0.2 or 0.20 wide.", "gives coordinates"), (" Half \ud83d.", "holds a character that is no text")],
+)
+def test_replies_with_an_edge_of_the_image_or_half_a_character(tmp_path, added, reason):
+    """Image 1 has a box with an edge of 0.2; the file of what was refused can hold what UTF-8 cannot."""
+    records, seen = Records(IMAGES[1:2], "abc"), []
+
+    def answer(body: dict) -> str:
+        seen.append(body)
+        return write_reply(body) + (added if len(seen) == 1 else "")
+
+    with fault_proxy(answer) as proxy:
+        report = run(tmp_path, proxy.base_url, GenerationSettings("m", {"detail": 1}, max_attempts=2), records)
+    assert report["refused_replies"] == {reason: 1} and report["is_complete"] and len(seen) == 2
+    (line,) = read_lines(tmp_path / "rejects.jsonl")
+    assert line["replies"][0]["text"].endswith(added) and line["produced"]
+
+
 def test_samples_that_stay_bad(tmp_path):
     with fault_proxy(bad_for("detail", always=True)) as proxy:
         report = run(tmp_path, proxy.base_url)

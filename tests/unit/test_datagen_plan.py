@@ -19,11 +19,19 @@ def counts(samples) -> dict[str, int]:
 
 def test_shares():
     assert share_out(158, PAPER_MIX) == {"conversation": 58, "detail": 23, "complex": 77}
+    assert share_out(158_000, PAPER_MIX) == {"conversation": 58_000, "detail": 23_000, "complex": 77_000}
     assert share_out(100, PAPER_MIX) == {"conversation": 37, "detail": 14, "complex": 49}  # 36.7, 14.56, 48.7
     assert share_out(2, {"a": 1, "b": 1, "c": 1}) == {"a": 1, "b": 1, "c": 0}
     assert share_out(7, {"a": 0, "b": 5}) == {"a": 0, "b": 7}
-    for total in range(400):
-        assert sum(share_out(total, PAPER_MIX).values()) == total
+
+
+def test_a_larger_total_takes_nothing_away():
+    counts = share_out(0, PAPER_MIX)
+    for total in range(1, 2001):
+        larger = share_out(total, PAPER_MIX)
+        assert sorted(larger[name] - counts[name] for name in PAPER_MIX) == [0, 0, 1]
+        assert all(abs(larger[name] - total * share / 158) < 1 for name, share in PAPER_MIX.items())
+        counts = larger
 
 
 def test_the_default_gives_every_image_the_largest_kind():

@@ -102,7 +102,10 @@ def test_bad_lines_are_named_or_counted(tmp_path, reason):
 
 
 def test_boxes_that_are_no_boxes(tmp_path):
-    for bbox in ([0, 0, 1], [0, 0, 1, float("nan")], [0, 0, 1, 1.001], [-0.001, 0, 1, 1], [0, 1, 1, 0], None, "0123"):
+    for bbox in (
+        [0, 0, 1], [0, 0, 1, float("nan")], [0, 0, 1, 10**400], [0, 0, 1, 1.001], [-0.001, 0, 1, 1], [0, 1, 1, 0], None,
+        "0123",
+    ):
         path = write_jsonl(tmp_path, {**GOOD, "instances": [{"category": "cat", "bbox": bbox}]})
         with pytest.raises(DataError, match="bbox"):
             read_jsonl(path)
@@ -125,10 +128,22 @@ def test_coco_is_joined_and_normalised(tmp_path):
     assert list(records.left_out.items()) == [("crowd boxes, which stand for many things at once", 1)]
 
 
+def test_coco_rows_that_stand_twice_alike_and_names_with_spaces(tmp_path):
+    captions = changed(CAPTIONS, "images", 0, file_name="my  photo.jpg")
+    instances = more(more(INSTANCES, "images", INSTANCES["images"][0]), "categories", INSTANCES["categories"][0])
+    images = read_records(*write_coco(tmp_path, captions, instances), "error").images
+    assert [image.image for image in images] == ["my  photo.jpg", "9.jpg"]
+    assert [len(image.instances) for image in images] == [2, 0]
+
+
 def changed(tables, table, number, **values):
     rows = [dict(row) for row in tables[table]]
     rows[number] |= values
     return {**tables, table: rows}
+
+
+def more(tables, table, row):
+    return {**tables, table: [*tables[table], row]}
 
 
 @pytest.mark.parametrize(
@@ -138,9 +153,27 @@ def changed(tables, table, number, **values):
          "an empty caption", 2),
         (changed(CAPTIONS, "annotations", 0, image_id=None), INSTANCES, r"captions_train.json annotations\[0\]",
          "no 'image_id'", 1),
-        (changed(CAPTIONS, "images", 1, id=42), INSTANCES, r"captions_train.json images\[1\]", "an id stands twice", 1),
-        (changed(CAPTIONS, "images", 1, id=5), INSTANCES, r"captions_train.json images\[1\]",
+        (changed(CAPTIONS, "annotations", 0, image_id=8), INSTANCES, r"captions_train.json annotations\[0\]",
+         "a caption of an unknown image", 1),
+        (more(CAPTIONS, "images", CAPTIONS["images"][0]), INSTANCES, r"captions_train.json images\[2\]",
+         "an id stands twice", 2),
+        (changed(CAPTIONS, "images", 1, id=9.0), INSTANCES, r"captions_train.json images\[1\]", "no 'id'", 1),
+        (changed(CAPTIONS, "images", 1, file_name=""), INSTANCES, r"captions_train.json images\[1\]",
+         "no 'file_name'", 1),
+        (CAPTIONS, changed(INSTANCES, "images", 1, id=5), r"captions_train.json images\[1\]",
          "an image without instances file", 1),
+        (CAPTIONS, changed(INSTANCES, "images", 1, width=10**400), r"instances_train.json images\[1\]",
+         "no size of an image", 1),
+        (CAPTIONS, more(INSTANCES, "images", {**INSTANCES["images"][0], "width": 400}),
+         r"instances_train.json images\[2\]", "an image id stands twice, and says two things", 2),
+        (CAPTIONS, more(INSTANCES, "categories", {"id": 18, "name": "cat"}),
+         r"instances_train.json categories\[2\]", "a category id stands twice, with two names", 2),
+        (CAPTIONS, more(INSTANCES, "categories", {"id": "18", "name": "cat"}),
+         r"instances_train.json categories\[2\]", "no 'id'", 2),
+        (CAPTIONS, more(INSTANCES, "categories", {"id": 7}), r"instances_train.json categories\[2\]",
+         "an empty category", 2),
+        (CAPTIONS, changed(INSTANCES, "annotations", 0, iscrowd="0"), r"instances_train.json annotations\[0\]",
+         "'iscrowd' is not 0 or 1", 2),
         (CAPTIONS, changed(INSTANCES, "annotations", 0, category_id=3), r"instances_train.json annotations\[0\]",
          "unknown category", 2),
         (CAPTIONS, changed(INSTANCES, "annotations", 0, category_id=[3]), r"instances_train.json annotations\[0\]",

