@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ds.errors import DataError
+from llava_ds.evaluation.prediction_file import parse_answer
 
 _WANTED = (
     'give JSONL with {"id" or "question_id", "text"} a line, or the official results {"outputs": {id: text}} as JSON'
@@ -58,16 +59,18 @@ def _read_outputs(text: str, file: Path) -> list[tuple[str, str, Prediction]] | 
     try:
         # As pairs, so that an id that stands twice is seen.
         parsed = json.loads(text, object_pairs_hook=_Pairs)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        first, _, rest = text.partition("\n")
+        if first.strip() == "{" and rest:  # an object over several lines that is cut off
+            raise DataError(f"{file}: not valid JSON: {error}; {_WANTED}") from error
         return None  # several lines of JSON, or none: what is wrong is said by line
     outputs = next((value for key, value in parsed if key == "outputs"), None) if isinstance(parsed, _Pairs) else None
     if not isinstance(outputs, _Pairs):
         return None
-    records = []
-    for pid, answer in outputs:
-        place = f"{file} outputs[{pid!r}]"
-        records.append((place, pid, Prediction(_checked(answer, place))))
-    return records
+    places = [f"{file} outputs[{pid!r}]" for pid, _ in outputs]
+    return [
+        (place, *_parse({"id": pid, "text": text}, place)) for place, (pid, text) in zip(places, outputs, strict=True)
+    ]
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -87,19 +90,12 @@ def _read_lines(text: str, file: Path) -> Iterator[tuple[str, str, Prediction]]:
 
 
 def _parse(record: Any, place: str) -> tuple[str, Prediction]:
-    if not isinstance(record, dict):
-        raise DataError(f"{place}: expected an object, got {type(record).__name__}; {_WANTED}")
-    pid = record.get("id", record.get("question_id"))
-    if not isinstance(pid, str | int) or isinstance(pid, bool):
-        raise DataError(f"{place}: 'id' or 'question_id' must be text or a number, got {pid!r:.80}; {_WANTED}")
+    try:
+        pid, text = parse_answer(record, place)
+    except DataError as error:
+        raise DataError(f"{error}; {_WANTED}") from error
     prompt = record.get("prompt")
-    return str(pid), Prediction(_checked(record.get("text"), place), prompt if isinstance(prompt, str) else None)
-
-
-def _checked(text: Any, place: str) -> str:
-    if not isinstance(text, str):
-        raise DataError(f"{place}: the answer must be text (it may be empty), got {text!r:.80}; {_WANTED}")
-    return text
+    return pid, Prediction(text, prompt if isinstance(prompt, str) else None)
 
 
 def format_predictions(records: Iterable[dict[str, Any]]) -> str:

@@ -53,6 +53,8 @@ def test_the_three_forms_of_a_file(tmp_path):
         ('{"id": true, "text": "A"}', "f:1: 'id' or 'question_id' must be"),
         ('{"id": "1", "text": "A"}\n{', "f:2: not valid JSON"),
         ('["A"]', "f:1: expected an object, got list"),
+        ('{"id": 1, "question_id": 2, "text": "A"}', "f:1: 'id' and 'question_id' differ"),
+        ('{\n  "outputs": {\n    "1": "A",\n    "2"', "f: not valid JSON: .* line 4 column"),
         ("[" * 100_000, "f:1: not valid JSON"),
     ],
 )
