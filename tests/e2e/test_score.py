@@ -32,7 +32,8 @@ def score(tmp_path, monkeypatch):
         return CliRunner().invoke(module.main, list(map(str, given)))
 
     yield run
-    sys.modules.pop("endpoint_options", None)
+    for module in ("endpoint_options", "output_options"):
+        sys.modules.pop(module, None)
 
 
 def _report(folder: Path) -> dict:
@@ -69,6 +70,12 @@ def test_without_problems_the_choices_are_written(tmp_path, score):
     assert _report(tmp_path)["predictions"] == {"1": 0, "2": 2, "3": 2, "6": 1, "4": -1}
 
 
+def test_a_result_that_cannot_be_written_is_an_error_after_the_scores(tmp_path, score):
+    done = score("--predictions", write_predictions(tmp_path / "mine.jsonl", LLAVA), "--json", tmp_path / ("x" * 300))
+    assert done.exit_code == 1 and done.stdout == "without an answer: 1 of 5 (no letter 1)\n"
+    assert "Error: OSError: [Errno 36]" in done.stderr
+
+
 def test_bad_options_and_files_leave_nothing_behind(tmp_path, score):
     problems = write_scienceqa(tmp_path)
     file = write_predictions(tmp_path / "mine.jsonl", LLAVA)
@@ -85,6 +92,10 @@ def test_bad_options_and_files_leave_nothing_behind(tmp_path, score):
         (["--predictions", file, *problems, "--second", file, "--ensemble", "judge", "--ask-second"], "exists already"),
         (["--predictions", file, *problems, "--second", file, "--ensemble", "judge"], "no model is named"),
         (["--predictions", file, "--json", tmp_path / "no" / "out.json"], "there is no folder"),
+        (["--predictions", file, "--json", file], "--predictions and --json are one file"),
+        (["--predictions", file, *problems, "--json", problems[1]], "--problems and --json are one file"),
+        (["--predictions", file, "--second", tmp_path / "second", "--json", tmp_path / "second"],
+         "--second and --json are one file"),
     ]
     for options, message in cases:
         done = score(*options)
