@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Prediction:
 
     text: str
     prompt: str | None = None
+    place: str = field(default="", compare=False)
 
 
 def read_predictions(file: Path) -> dict[str, Prediction]:
@@ -42,19 +43,24 @@ def read_predictions(file: Path) -> dict[str, Prediction]:
         raise DataError(f"{file}: cannot be read ({error.strerror}); {_WANTED}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error}); {_WANTED}") from error
+    return parse_predictions(text, file)
+
+
+def parse_predictions(text: str, file: Path) -> dict[str, Prediction]:
+    """The same of a text that is, or will be, in ``file``."""
     predictions: dict[str, Prediction] = {}
-    places: dict[str, str] = {}
     outputs = _read_outputs(text, file)
-    for place, pid, prediction in _read_lines(text, file) if outputs is None else outputs:
-        if pid in places:
-            raise DataError(f"{place}: id {pid!r} stands at {places[pid]} too; keep one of the two")
-        places[pid], predictions[pid] = place, prediction
+    for pid, prediction in _read_lines(text, file) if outputs is None else outputs:
+        if pid in predictions:
+            places = f"{prediction.place}: id {pid!r} stands at {predictions[pid].place} too"
+            raise DataError(f"{places}; keep one of the two")
+        predictions[pid] = prediction
     if not predictions:
         raise DataError(f"{file}: holds no predictions; {_WANTED}")
     return predictions
 
 
-def _read_outputs(text: str, file: Path) -> list[tuple[str, str, Prediction]] | None:
+def _read_outputs(text: str, file: Path) -> list[tuple[str, Prediction]] | None:
     """The records of an official result file, None where it is another."""
     try:
         # As pairs, so that an id that stands twice is seen.
@@ -67,17 +73,14 @@ def _read_outputs(text: str, file: Path) -> list[tuple[str, str, Prediction]] | 
     outputs = next((value for key, value in parsed if key == "outputs"), None) if isinstance(parsed, _Pairs) else None
     if not isinstance(outputs, _Pairs):
         return None
-    places = [f"{file} outputs[{pid!r}]" for pid, _ in outputs]
-    return [
-        (place, *_parse({"id": pid, "text": text}, place)) for place, (pid, text) in zip(places, outputs, strict=True)
-    ]
+    return [_parse({"id": pid, "text": answer}, f"{file} outputs[{pid!r}]") for pid, answer in outputs]
 
 
 class _Pairs(list[tuple[str, Any]]):
     """The keys and values of a JSON object."""
 
 
-def _read_lines(text: str, file: Path) -> Iterator[tuple[str, str, Prediction]]:
+def _read_lines(text: str, file: Path) -> Iterator[tuple[str, Prediction]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -86,7 +89,7 @@ def _read_lines(text: str, file: Path) -> Iterator[tuple[str, str, Prediction]]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: not valid JSON: {error}; {_WANTED}") from error
-        yield place, *_parse(record, place)
+        yield _parse(record, place)
 
 
 def _parse(record: Any, place: str) -> tuple[str, Prediction]:
@@ -95,7 +98,7 @@ def _parse(record: Any, place: str) -> tuple[str, Prediction]:
     except DataError as error:
         raise DataError(f"{error}; {_WANTED}") from error
     prompt = record.get("prompt")
-    return pid, Prediction(text, prompt if isinstance(prompt, str) else None)
+    return pid, Prediction(text, prompt if isinstance(prompt, str) else None, place)
 
 
 def format_predictions(records: Iterable[dict[str, Any]]) -> str:
