@@ -303,7 +303,7 @@ _llava_step() { # marker, options of srun..., --, command...
   shift
   while [ "$1" != -- ]; do options+=("$1"); shift; done
   shift
-  [ ! -e "$marker" ] || { echo "$marker is there already"; exit 0; }
+  [ ! -e "$marker" ] || { echo "$marker is there already; remove it to do this again"; exit 0; }
   srun "${options[@]}" --export=ALL ${LLAVA_CONTAINED[@]+"${LLAVA_CONTAINED[@]}"} "$@" &
   while kill -0 $! 2>/dev/null; do wait $!; done
   # It can be done again from its beginning, as its marker is written last.

@@ -23,6 +23,7 @@ LLAVA_VENV=.venv                 # or a container: an image for pyxis
 # LLAVA_STAGE1_RECIPE=paper_stage1_7b
 # LLAVA_STAGE2_RECIPE=paper_stage2_7b
 # LLAVA_DEEPSPEED=ds_configs/zero3.json
+# LLAVA_EVALUATE=runs/scienceqa  # what slurm/evaluate.sh evaluates, instead of runs/merged
 
 # LLAVA_INTERFACE=ib0            # where nodes have several networks: the one that reaches the other nodes
 # LLAVA_EXCLUDE_BAD_NODES=1      # a node that the preflight names is left out, and the job submitted again

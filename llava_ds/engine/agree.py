@@ -40,3 +40,14 @@ def raise_failure(ranks: Ranks, failure: DataError | None) -> None:
 def too_many_bad(num_bad: int, num_seen: int, max_bad_frac: float) -> bool:
     """The first ten are let pass, so that an early one does not end a run that allows for some."""
     return num_bad > max(10 if max_bad_frac else 0, max_bad_frac * num_seen)
+
+
+def check_planned(what: str, planned: int, found: int) -> None:
+    """Raises DataError when the supervised tokens of all ranks, ``found``, are not those that were planned."""
+    if planned != found:
+        raise DataError(
+            f"the {what} was planned with {planned} supervised tokens but has {found}: the data changed while it was "
+            "being read, or after its lengths were kept.\n  Delete the folder 'lengths' in LLAVA_DS_CACHE (default "
+            "~/.cache/llava_ds) and the data's .index file, and start again, with --resume.",
+            on_every_rank=True,
+        )

@@ -16,7 +16,7 @@ import torch
 
 from llava_ds.data.build import EvalData
 from llava_ds.data.sampler import StepPlan
-from llava_ds.engine.agree import next_batches, raise_failure, sum_over_ranks, too_many_bad
+from llava_ds.engine.agree import check_planned, next_batches, raise_failure, sum_over_ranks, too_many_bad
 from llava_ds.engine.loop import Guard, LoopSettings
 from llava_ds.errors import DataError
 from llava_ds.schema import Batch
@@ -90,12 +90,8 @@ class Evaluator:
                 f"more than data.max_bad_frac={max_bad_frac:g} allows.\n  Look at the data with tools/doctor.",
                 on_every_rank=True,
             )
-        if not num_bad and num_tokens != plan.num_supervised:
-            raise DataError(
-                f"the evaluation was planned with {plan.num_supervised} supervised tokens but has {num_tokens}: the "
-                "data changed while it was being read.\n  Start again, with --resume.",
-                on_every_rank=True,
-            )
+        if not num_bad:
+            check_planned("evaluation", plan.num_supervised, num_tokens)
 
 
 def score_batch(engine: Any, batch: Batch, device: torch.device) -> torch.Tensor:

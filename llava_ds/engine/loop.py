@@ -12,7 +12,7 @@ import torch
 
 from llava_ds.data.sampler import StepPlan
 from llava_ds.distributed import Ranks
-from llava_ds.engine.agree import next_batches, raise_failure, sum_over_ranks, too_many_bad
+from llava_ds.engine.agree import check_planned, next_batches, raise_failure, sum_over_ranks, too_many_bad
 from llava_ds.engine.preemption import StopRequested
 from llava_ds.engine.training_state import Progress, seed_step
 from llava_ds.errors import ConfigError, DataError
@@ -161,7 +161,7 @@ def _train_step(
             saver.save_now(progress)
         raise _bad_samples_error(progress.bad_samples + num_bad, num_seen, progress.step, settings.max_bad_frac)
     if not num_bad:
-        _check_planned(supervised_tokens(plan), num_supervised)
+        check_planned("step", supervised_tokens(plan), num_supervised)
     seed_step(settings.seed, step, rank)
     step_loss, num_tokens = _compute(engine, micro_batches, plan, step, num_supervised, settings, guard)
     guard.enter("adding up its numbers", step)
@@ -251,16 +251,6 @@ def _agree(
     if num_failed:
         raise_failure(settings.ranks, failure)
     return num_supervised, num_bad
-
-
-def _check_planned(planned: int, found: int) -> None:
-    if planned != found:
-        raise DataError(
-            f"the step was planned with {planned} supervised tokens but has {found}: the data changed while it was "
-            "being read, or after its lengths were kept.\n  Delete the folder 'lengths' in LLAVA_DS_CACHE (default "
-            "~/.cache/llava_ds) and the data's .index file, and start again.",
-            on_every_rank=True,
-        )
 
 
 def _bad_samples_error(num_bad: int, num_seen: int, step: int, max_bad_frac: float) -> DataError:

@@ -35,7 +35,7 @@ def predict(
     ``kept`` has the answers of earlier launches, on whatever number of ranks, and gets the new ones; only the questions
     without an answer are asked. Without one no model is loaded.
 
-    Raises DataError that lists all images that do not decode, after everything else was answered.
+    Raises DataError that lists the questions whose images do not decode, after everything else was answered.
     """
     answers = run_on_main(ranks, kept.begin) if kept else {}
     left = [one for one in questions if one.id not in answers]
@@ -72,17 +72,27 @@ def _answer_share(
     with kept.part(ranks.rank) if kept else nullcontext(Part(None)) as part:
         for start in range(0, len(numbers), batch_size):
             batch = [questions[number] for number in numbers[start : start + batch_size]]
-            try:
-                found = _answer(session, batch, sampling)
-            except DataError as error:
-                problems.append(str(error))
-                continue
+            found = _answer_good(session, batch, sampling, problems)
             part.add(found)
             answers |= found
             log(f"answered {min(start + batch_size, len(numbers))} of {len(numbers)}")
     if problems:
         raise DataError("\n".join(problems))
     return answers
+
+
+def _answer_good(
+    session: Session, batch: Sequence[Question], sampling: Sampling, problems: list[str]
+) -> dict[str, str]:
+    """The answers but to questions with a bad image, whose errors go to ``problems``."""
+    try:
+        return _answer(session, batch, sampling)
+    except DataError as error:
+        if len(batch) == 1:
+            problems.append(f"{batch[0].origin}: {error}")
+            return {}
+    one_by_one = [_answer_good(session, [one], sampling, problems) for one in batch]
+    return {id: text for found in one_by_one for id, text in found.items()}
 
 
 def _answer(session: Session, batch: Sequence[Question], sampling: Sampling) -> dict[str, str]:

@@ -1,18 +1,20 @@
 r"""Which choice an answer to a multiple-choice question states.
 
-``(A)``, ``A)``, ``A.``, ``**A**``, ``\boxed{A}`` are letters as ``A`` is, in either case; a bare ``A`` or ``I`` before
-another word is an article or a pronoun. Then, in this order:
+``(A)``, ``A)``, ``A.``, ``**A**``, ``“A”``, ``\(A\)``, ``\boxed{\text{A}}`` are letters as ``A`` is, in either case; a
+bare ``A`` or ``I`` before another word is an article or a pronoun. Then, in this order:
 
 1. An answer that is one choice's text is that choice (case, a leading article and punctuation aside).
 2. Letters are *stated* by "the answer is B", "Answer: B", "option B is correct", "I choose B", and by a label that
    begins the answer ("B", "B. a stone", "(B) because ..."), unless labels of several choices follow: then it lists the
-   options. What is denied is not stated ("I don't think the answer is B", "'The answer is B' is incorrect").
+   options. What is denied or asked is not stated ("I don't think the answer is B", "'The answer is B' is incorrect").
    All stated letters must be the same. If they are not, the last statement counts when it says that it concludes
    ("so / therefore / thus / hence / finally, the answer is", "the final answer is") and no other conclusion differs.
 3. Where no letter is stated, one choice's text may be: "the answer is a stone".
+4. An answer that begins with one choice's text and a reason ("a stone because ...") states that choice, too; alone
+   only where nothing else speaks of the answer.
 
 Everything else has no answer, for a reason of ``REASONS``. A label beside another choice's text ("A. a stone" where
-that is B) counts as several letters. A letter that is only mentioned counts as none.
+that is B) or another letter ("A. B") counts as several letters. A letter that is only mentioned counts as none.
 """
 
 from __future__ import annotations
@@ -52,14 +54,17 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 _SPEAKER = _pattern(r"[#\s]*(?:assistant|gpt)\s*:")
-_STOP = _pattern(r"(?:(?:</s>|<\|im_end\|>|###)\s*){1,9}$")
+_STOP = _pattern(r"(?:(?:</s>|<\|(?:im_end|endoftext|eot_id)\|>|###)\s*){1,9}$")
+_QUOTES = str.maketrans("‘’“”", "''\"\"")
+_TEX_TEXT = re.compile(r"\\(?:text|mathbf|mathrm|textbf)\{([^{}]*)\}")
+_TEX_DELIMITER = re.compile(r"\\[()]")
 
 _LETTER = _pattern(r"[\s(\[{\"'*_$]*(?<![a-z0-9])(?P<letter>[a-z])(?![a-z0-9])(?P<close>[)\]}\"'*_$]*)")
 _NO_WORDS = frozenset(LETTERS) - set("AI")
 _BRACKETED = _pattern(r"[(\[{*][a-z][)\]}*]")
 # What may follow a letter, but no article: the end, punctuation, a reason.
 _END = _pattern(r"\s*$|[ \t]*\n|[.,;:!]+(?=[\s)\]}\"'*_]|$)|\s+[-–—]\s|,?\s+(?:because|since|as)\b")
-_JOIN = _pattern(r"\s*(?P<word>(?:,\s*)?\b(?:and|or)\b|/|&|,)\s*(?=[(\[{\"'*]*[a-z]\b(?!['’]))")
+_JOIN = _pattern(r"\s*(?P<word>(?:,\s*)?\b(?:and|or)\b|/|&|,)\s*(?=[(\[{\"'*]*[a-z]\b(?!'))")
 
 _KIND = r"(?:correct|right|best|final)"
 _SAYS = (
@@ -67,45 +72,58 @@ _SAYS = (
     r"\s*(?:(?:is|would\s+be|must\s+be|should\s+be|will\s+be|has\s+to\s+be)\b|[:=])[\s:*_]*"
     rf"(?:(?:the|{_KIND}|definitely|clearly|most|likely|probably|simply|therefore|option|choice|letter|answer)\b[\s:]+)*"
 )
-_CHOOSES = r"I(?:['’]d|['’]ll|\s+would|\s+will)?\s+(?:choose|pick|select|go\s+with)\s+(?:(?:option|choice|letter)\s+)?"
+_CHOOSES = r"I(?:'d|'ll|\s+would|\s+will)?\s+(?:choose|pick|select|go\s+with)\s+(?:(?:option|choice|letter)\s+)?"
 _CUE = _pattern(rf"\b(?:{_SAYS}|{_CHOOSES})|\\boxed(?={{)")
 _IS_CORRECT = _pattern(
     r"(?:^|[.!?\n:][ \t]*|\b(?:option|choice|answer|so|thus|therefore|hence),?\s+)"
     r"[(\[*]*(?P<letter>[a-z])[)\]*]*\s+is\s+"
-    rf"(?:definitely\s+|clearly\s+)?(?:correct\b|(?:the\s+){_KIND}\s+(?:answer|option|choice)\b|the\s+answer\b)"
+    rf"(?:definitely\s+|clearly\s+)?(?:correct\b|(?:the\s+){_KIND}\s+(?:answer|option|choice)\b|the\s+answer\b)(?!\s*\?)"
 )
-_LEAD = _pattern(r"\s*(?:(?:it\s+is|it['’]s|option|choice|letter|answer)\s+(?=\W*[a-z]\W*$))?")
+_LEAD = _pattern(r"\s*(?:(?:it\s+is|it's|option|choice|letter|answer)\s+(?=\W*[a-z]\W*$))?")
 _OPTION = re.compile(
     r"[(\[](?P<bracketed>[A-Za-z])[)\]]|^[ \t]*(?P<first>[A-Za-z])(?:[.):](?=\s)|[ \t]*$)|\b(?P<inner>[A-Z])[.):]\s",
     re.MULTILINE,
 )
 
-_FILLER = rf"(?:think|believe|say|sure|certain|know|mean|that|is|the|an?|my|{_KIND})"
+_FILLER = rf"(?:to|think|believe|says?|said|sure|certain|knows?|means?|that|is|the|an?|my|{_KIND})"
 _DENIED_BEFORE = _pattern(
-    rf"(?:n['’]t|\b(?:not|never|cannot|if|whether|doubt|unlikely|wrong|incorrect|other|another))(?:\s+{_FILLER})*\s+$"
+    r"(?:n't|\b(?:not|never|cannot|if|whether|doubt|unlikely|wrong|incorrect|false|untrue|myth|nobody|no\s+one|other|"
+    rf"another))(?:\s+{_FILLER})*\s+$"
 )
-_DENIAL = r"\b(?:is|was|would\s+be|can)\s*(?:not\b|n['’]t\b|wrong\b|incorrect\b|false\b)"
+_DENIAL = r"\b(?:is|was|would\s+be|can)\s*(?:not\b|n't\b|wrong\b|incorrect\b|false\b)"
 _DENIED_AFTER = _pattern(rf"[\W_]*{_DENIAL}")
 _CONCLUDES = _pattern(
     rf"(?:\b(?:so|therefore|thus|hence|finally|in\s+conclusion),?\s+(?:(?:the|my)\s+)?|\bfinal\s+)(?:{_KIND}\s+)*$"
 )
 
 _CHOICE_END = _pattern(rf"[.!?\"')*]*(?:\s*$|[ \t]*\n|,?\s+(?:because|since)\b)|[.!;][\"')*]*\s(?!\s*{_DENIAL})")
-_WHOLE_END = _pattern(r"[.!?\"')*\s]*$|,?\s+(?:because|since)\b")
+_WHOLE_END = _pattern(r"[.!?\"')*\s]*$")
+_REASON = _pattern(r",?\s+(?:because|since)\b")
+_BARE = _pattern(r"[.:,;)\-–—\s]*[(\[\"'*]*(?P<letter>[a-z])[)\]\"'*.]*\s*$")
 _NO_TEXT = _pattern("[a-z]?")  # a choice that is a letter cannot be told from the name of one
 _OFFICIAL = re.compile(r"The answer is ([A-Z]).")
 
 
 def extract_answer(text: str, choices: Sequence[str] | None = None) -> Answer:
     """The choice that ``text`` states by the rule above. Without ``choices``, letters A to E are taken for choices."""
-    text = unicodedata.normalize("NFKC", text).strip()
+    text = _normalise(text).strip()
     text = _STOP.sub("", _SPEAKER.sub("", text, count=1) if _SPEAKER.match(text) else text).strip()
-    choices = [unicodedata.normalize("NFKC", choice) for choice in choices or ()]
+    choices = [_normalise(choice) for choice in choices or ()]
     whole = _choice_at(text, choices, _WHOLE_END)
     if whole is not None:
         return Answer(whole)
     num_choices = len(choices) or MOST_CHOICES
-    return _decide(_state_letters(text, choices, num_choices) or _state_texts(text, choices), num_choices)
+    statements = _state_letters(text, choices, num_choices) or _state_texts(text, choices)
+    begun = _choice_at(text, choices, _REASON)
+    if begun is not None and (statements or not _CUE.search(text)):
+        statements = [_Statement(0, {begun}), *statements]
+    return _decide(statements, num_choices)
+
+
+def _normalise(text: str) -> str:
+    """One way to write quotes, and letters that TeX sets."""
+    text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
+    return _TEX_DELIMITER.sub("$", _TEX_TEXT.sub(r"\1", text))
 
 
 def _decide(statements: Sequence[_Statement], num_choices: int) -> Answer:
@@ -202,8 +220,13 @@ def _index(letter: str) -> int:
 
 
 def _text_beside(text: str, end: int, letters: set[int], choices: Sequence[str]) -> set[int]:
-    """The choice whose text stands right after its letter."""
-    beside = _choice_after(text, end, choices, skip=".:,;)-–— \t\n") if len(letters) == 1 else None
+    """The choice whose text stands right after its letter, or whose letter does and nothing more."""
+    if len(letters) != 1:
+        return set()
+    bare = _BARE.match(text, end)
+    if bare and bare["letter"].upper() not in [choices[own].strip().upper() for own in letters if own < len(choices)]:
+        return {_index(bare["letter"])}
+    beside = _choice_after(text, end, choices, skip=".:,;)-–— \t\n")
     return set() if beside is None else {beside}
 
 

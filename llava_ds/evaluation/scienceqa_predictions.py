@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava_ds.errors import DataError
+from llava_ds.evaluation.prediction_file import parse_answer
 
 _WANTED = (
     'give JSONL with {"id" or "question_id", "text"} a line, or the official results {"outputs": {id: text}} as JSON'
@@ -28,6 +29,7 @@ class Prediction:
 
     text: str
     prompt: str | None = None
+    place: str = field(default="", compare=False)
 
 
 def read_predictions(file: Path) -> dict[str, Prediction]:
@@ -41,40 +43,44 @@ def read_predictions(file: Path) -> dict[str, Prediction]:
         raise DataError(f"{file}: cannot be read ({error.strerror}); {_WANTED}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error}); {_WANTED}") from error
+    return parse_predictions(text, file)
+
+
+def parse_predictions(text: str, file: Path) -> dict[str, Prediction]:
+    """The same of a text that is, or will be, in ``file``."""
     predictions: dict[str, Prediction] = {}
-    places: dict[str, str] = {}
     outputs = _read_outputs(text, file)
-    for place, pid, prediction in _read_lines(text, file) if outputs is None else outputs:
-        if pid in places:
-            raise DataError(f"{place}: id {pid!r} stands at {places[pid]} too; keep one of the two")
-        places[pid], predictions[pid] = place, prediction
+    for pid, prediction in _read_lines(text, file) if outputs is None else outputs:
+        if pid in predictions:
+            places = f"{prediction.place}: id {pid!r} stands at {predictions[pid].place} too"
+            raise DataError(f"{places}; keep one of the two")
+        predictions[pid] = prediction
     if not predictions:
         raise DataError(f"{file}: holds no predictions; {_WANTED}")
     return predictions
 
 
-def _read_outputs(text: str, file: Path) -> list[tuple[str, str, Prediction]] | None:
+def _read_outputs(text: str, file: Path) -> list[tuple[str, Prediction]] | None:
     """The records of an official result file, None where it is another."""
     try:
         # As pairs, so that an id that stands twice is seen.
         parsed = json.loads(text, object_pairs_hook=_Pairs)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        first, _, rest = text.partition("\n")
+        if first.strip() == "{" and rest:  # an object over several lines that is cut off
+            raise DataError(f"{file}: not valid JSON: {error}; {_WANTED}") from error
         return None  # several lines of JSON, or none: what is wrong is said by line
     outputs = next((value for key, value in parsed if key == "outputs"), None) if isinstance(parsed, _Pairs) else None
     if not isinstance(outputs, _Pairs):
         return None
-    records = []
-    for pid, answer in outputs:
-        place = f"{file} outputs[{pid!r}]"
-        records.append((place, pid, Prediction(_checked(answer, place))))
-    return records
+    return [_parse({"id": pid, "text": answer}, f"{file} outputs[{pid!r}]") for pid, answer in outputs]
 
 
 class _Pairs(list[tuple[str, Any]]):
     """The keys and values of a JSON object."""
 
 
-def _read_lines(text: str, file: Path) -> Iterator[tuple[str, str, Prediction]]:
+def _read_lines(text: str, file: Path) -> Iterator[tuple[str, Prediction]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -83,23 +89,16 @@ def _read_lines(text: str, file: Path) -> Iterator[tuple[str, str, Prediction]]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: not valid JSON: {error}; {_WANTED}") from error
-        yield place, *_parse(record, place)
+        yield _parse(record, place)
 
 
 def _parse(record: Any, place: str) -> tuple[str, Prediction]:
-    if not isinstance(record, dict):
-        raise DataError(f"{place}: expected an object, got {type(record).__name__}; {_WANTED}")
-    pid = record.get("id", record.get("question_id"))
-    if not isinstance(pid, str | int) or isinstance(pid, bool):
-        raise DataError(f"{place}: 'id' or 'question_id' must be text or a number, got {pid!r:.80}; {_WANTED}")
+    try:
+        pid, text = parse_answer(record, place)
+    except DataError as error:
+        raise DataError(f"{error}; {_WANTED}") from error
     prompt = record.get("prompt")
-    return str(pid), Prediction(_checked(record.get("text"), place), prompt if isinstance(prompt, str) else None)
-
-
-def _checked(text: Any, place: str) -> str:
-    if not isinstance(text, str):
-        raise DataError(f"{place}: the answer must be text (it may be empty), got {text!r:.80}; {_WANTED}")
-    return text
+    return pid, Prediction(text, prompt if isinstance(prompt, str) else None, place)
 
 
 def format_predictions(records: Iterable[dict[str, Any]]) -> str:

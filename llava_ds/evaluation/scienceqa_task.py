@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_ds.errors import ConfigError
@@ -30,7 +30,7 @@ def score_scienceqa(request: ScoreRequest, log: Log) -> Score:
     num_others = tell_others(request.predictions, predictions, problems, log)
     report |= {"split": request.split, "not_in_split": num_others}
     columns = official_images(predictions, problems) if request.official else problems
-    scored, rows = summarise(answers, columns), {}
+    scored, rows, paid = summarise(answers, columns), {}, None
     if request.ensemble and request.second:
         result = run_ensemble(request, request.second, problems, records, predictions, log)
         if isinstance(result, str):
@@ -38,10 +38,12 @@ def score_scienceqa(request: ScoreRequest, log: Log) -> Score:
         parts = {"first": scored, "second": summarise(result.second, columns)}
         report["ensemble"] = result.details | {name: _without_predictions(part) for name, part in parts.items()}
         rows = {f"first: {request.predictions.name}": scored, f"second: {request.second.name}": parts["second"]}
-        scored = summarise(result.answers, columns)
+        scored, paid = summarise(result.answers, columns), result.paid
     rows[request.ensemble or request.predictions.name] = scored
-    table = PAPER_ROWS | {name: table_row(row) for name, row in rows.items()}
-    return Score(report | scored, [*format_table(table), _counts(scored), _failures(scored)])
+    table: dict[str, Sequence[float | None]] = {f"paper: {name}": row for name, row in PAPER_ROWS.items()}
+    table |= {name: table_row(row) for name, row in rows.items()}
+    lines = [*format_table(table), _counts(scored), _failures(scored)]
+    return Score(report | scored, lines + ([paid] if paid else []))
 
 
 def _check(request: ScoreRequest) -> None:
@@ -51,6 +53,10 @@ def _check(request: ScoreRequest) -> None:
         "--ensemble and --second go together": bool(request.ensemble) != bool(request.second),
         "--ensemble needs --problems and --splits": bool(request.ensemble) and not request.problems,
         "--ask-second needs --second, the file to write": request.ask_second and not request.second,
+        "--shots needs --ask-second, which asks after them": request.num_shots is not None and not request.ask_second,
+        "--dry-run needs --ask-second or --ensemble judge; nothing else asks a model": (
+            request.endpoint.dry_run and not (request.ask_second or request.ensemble == "judge")
+        ),
     }
     if any(lacking.values()):
         raise ConfigError("\n".join(advice for advice, holds in lacking.items() if holds))

@@ -5,7 +5,7 @@ It never sees the images; their problems are asked without. The messages are in 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,23 +57,26 @@ def judge_requests(
 def choose_shots(request: ScoreRequest) -> list[Any]:
     """The first problems of the train split that have an explanation, no image, and no place in the scored split.
 
-    Raises ConfigError when there are fewer than ``request.num_shots``.
+    Raises ConfigError when there are fewer than ``request.shots``.
     """
-    if not (request.num_shots and request.problems and request.splits):
+    if not (request.shots and request.problems and request.splits):
         return []
     scored = read_split(request.problems, request.splits, request.split)
-    train = read_split(request.problems, request.splits, "train")
+    try:
+        train = read_split(request.problems, request.splits, "train")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; --shots 0 asks without solved problems, which come from 'train'") from error
     fit = [
         problem
         for pid, problem in train.items()
         if pid not in scored and not problem.get("image") and problem.get("solution")
     ]
-    if len(fit) < request.num_shots:
+    if len(fit) < request.shots:
         raise ConfigError(
-            f"--shots {request.num_shots}: split 'train' has {len(fit)} problems with an explanation, without an "
+            f"--shots {request.shots}: split 'train' has {len(fit)} problems with an explanation, without an "
             f"image, and not in {request.split!r}; ask for fewer"
         )
-    return fit[: request.num_shots]
+    return fit[: request.shots]
 
 
 def ask_all(client: ChatClient, requests: Sequence[ChatRequest]) -> list[ChatReply]:
@@ -85,12 +88,20 @@ def ask_all(client: ChatClient, requests: Sequence[ChatRequest]) -> list[ChatRep
     outcomes = {outcome.request.id: outcome for outcome in client.ask(requests)}
     replies = [reply for request in requests if (reply := outcomes[request.id].reply)]
     if len(replies) < len(requests):
-        problems = Counter(outcome.problem for outcome in outcomes.values() if not outcome.reply)
-        raise BackendUnavailableError(
-            f"{problems.total()} of {len(requests)} requests have no reply: "
-            + ", ".join(f"{problem} ({count})" for problem, count in problems.most_common())
-            + "\n  Run the same command again: the replies that came are kept, and only the others are asked."
-        )
+        ids: dict[str, list[str]] = defaultdict(list)
+        for request in requests:
+            if outcomes[request.id].reply is None:
+                ids[str(outcomes[request.id].problem)].append(request.id)
+        lines = [
+            f"  {problem} ({len(lost)}, the first: {', '.join(lost[:3])})"
+            for problem, lost in sorted(ids.items(), key=lambda item: -len(item[1]))
+        ]
+        if any(problem.startswith("refused") for problem in ids):
+            lines.append("  What is refused is refused again: change these problems or options, or ask another model.")
+        if not all(problem.startswith("refused") for problem in ids):
+            lines.append("  Run the same command again: the replies that came are kept, and only the others are asked.")
+        head = f"{len(requests) - len(replies)} of {len(requests)} requests have no reply:"
+        raise BackendUnavailableError("\n".join([head, *lines]))
     return replies
 
 

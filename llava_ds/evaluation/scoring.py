@@ -28,8 +28,13 @@ class ScoreRequest:
     ensemble: str | None = None
     second: Path | None = None
     ask_second: bool = False
-    num_shots: int = 2
+    num_shots: int | None = None
     endpoint: ClientOptions = field(default_factory=ClientOptions)
+
+    @property
+    def shots(self) -> int:
+        """``num_shots``, 2 where nothing is said."""
+        return 2 if self.num_shots is None else self.num_shots
 
 
 @dataclass(frozen=True)

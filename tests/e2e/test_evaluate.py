@@ -19,6 +19,11 @@ from tests.helpers.tiny import write_run, write_world
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate"
 
 
+@pytest.fixture(autouse=True)
+def beside_the_tools(monkeypatch):
+    monkeypatch.syspath_prepend(TOOL.parent)
+
+
 def _evaluate(*options: object) -> Result:
     spec = spec_from_loader("evaluate", SourceFileLoader("evaluate", str(TOOL)))
     module = module_from_spec(spec)
@@ -71,6 +76,8 @@ def test_scienceqa_is_asked_written_and_scored(world, tmp_path, monkeypatch):
     monkeypatch.setattr("llava_ds.checkpoint.load.assemble", build)
     again = _evaluate(*options)  # all is there
     assert again.exit_code == 0 and again.stdout == done.stdout
+    lost = _evaluate(*options[:-1], tmp_path / ("x" * 300))
+    assert lost.exit_code == 1 and lost.stdout == done.stdout and "Error: OSError: [Errno 36]" in lost.stderr
     refused = _evaluate(*options, "--directly")
     assert refused.exit_code == 1 and "answers of other settings:\n  questions: " in refused.stderr
     assert json.loads((tmp_path / "s.json").read_text()) == scores
@@ -121,6 +128,7 @@ REFUSED = [
     ("--task llava_bench --data {w}/data/bench.jsonl --image-root {w} --predictions {w}/p.jsonl",
      "2 image file(s) are missing", "bench.jsonl:1: {w}/1.png", "--image-root"),
     ("--predictions {w}/none/p.jsonl", "{w}/none; create it"),
+    ("--predictions {w}/p.json --json {w}/data/../p.json", "--predictions and --json are one file, {w}/data/../p.json"),
 ]
 
 

@@ -32,7 +32,8 @@ def score(tmp_path, monkeypatch):
         return CliRunner().invoke(module.main, list(map(str, given)))
 
     yield run
-    sys.modules.pop("endpoint_options", None)
+    for module in ("endpoint_options", "output_options"):
+        sys.modules.pop(module, None)
 
 
 def _report(folder: Path) -> dict:
@@ -42,13 +43,13 @@ def _report(folder: Path) -> dict:
 def test_ours_and_the_official_rule_side_by_side(tmp_path, score):
     problems = write_scienceqa(tmp_path)
     texts = {"1": "(A)", "2": "B", "3": "The answer is C.", "4": "A\n", "5": "The answer is B", "99": "A"}
-    file = write_predictions(tmp_path / "mine.jsonl", texts, prompt="<image>\nWhich?")
+    file = write_predictions(tmp_path / "LLaVA", texts, prompt="<image>\nWhich?")
     done = score("--predictions", file, *problems)
     assert done.exit_code == 0, done.output
     assert "1 predictions are left out; they are for no problem of the split, the first: 99" in done.stderr
-    rows = {line[:28].strip(): line[28:].split() for line in done.stdout.splitlines()}
-    assert rows["LLaVA"][-1] == "90.92" and rows["LLaVA + GPT-4 (judge)"][-1] == "92.53"
-    assert "mine.jsonl" in done.stdout
+    rows = {line[:34].strip(): line[34:].split() for line in done.stdout.splitlines()}
+    assert rows["paper: LLaVA"][-1] == "90.92" and rows["paper: LLaVA + GPT-4 (judge)"][-1] == "92.53"
+    assert rows["LLaVA"][-1] == "83.33"  # of the file, which does not take the paper's place
     assert "83.33" in done.stdout.splitlines()[-3] and "all 5/6" in done.stdout and "missing 1" in done.stdout
     ours = _report(tmp_path)
     assert ours["predictions"] == {"1": 0, "2": 1, "3": 2, "4": 0, "5": 1, "6": -1}
@@ -69,6 +70,12 @@ def test_without_problems_the_choices_are_written(tmp_path, score):
     assert _report(tmp_path)["predictions"] == {"1": 0, "2": 2, "3": 2, "6": 1, "4": -1}
 
 
+def test_a_result_that_cannot_be_written_is_an_error_after_the_scores(tmp_path, score):
+    done = score("--predictions", write_predictions(tmp_path / "mine.jsonl", LLAVA), "--json", tmp_path / ("x" * 300))
+    assert done.exit_code == 1 and done.stdout == "without an answer: 1 of 5 (no letter 1)\n"
+    assert "Error: OSError: [Errno 36]" in done.stderr
+
+
 def test_bad_options_and_files_leave_nothing_behind(tmp_path, score):
     problems = write_scienceqa(tmp_path)
     file = write_predictions(tmp_path / "mine.jsonl", LLAVA)
@@ -80,11 +87,17 @@ def test_bad_options_and_files_leave_nothing_behind(tmp_path, score):
         (["--predictions", file, *problems[:2]], "--problems and --splits go together"),
         (["--predictions", file, "--ensemble", "judge"], "--ensemble and --second go together\n"),
         (["--predictions", file, "--ask-second"], "--ask-second needs --second"),
+        (["--predictions", file, "--shots", 0], "--shots needs --ask-second"),
+        (["--predictions", file, "--dry-run"], "--dry-run needs --ask-second or --ensemble judge"),
         (["--predictions", file, *problems, "--split", "val"], "no split 'val'; it holds train, test"),
         (["--predictions", file, *problems, "--split", "train"], "none of the 5 predictions"),
         (["--predictions", file, *problems, "--second", file, "--ensemble", "judge", "--ask-second"], "exists already"),
         (["--predictions", file, *problems, "--second", file, "--ensemble", "judge"], "no model is named"),
         (["--predictions", file, "--json", tmp_path / "no" / "out.json"], "there is no folder"),
+        (["--predictions", file, "--json", file], "--predictions and --json are one file"),
+        (["--predictions", file, *problems, "--json", problems[1]], "--problems and --json are one file"),
+        (["--predictions", file, "--second", tmp_path / "second", "--json", tmp_path / "second"],
+         "--second and --json are one file"),
     ]
     for options, message in cases:
         done = score(*options)
@@ -136,6 +149,9 @@ def test_a_text_model_is_asked_once_and_complements_then_judges(tmp_path, score,
         assert report["ensemble"]["cases"] == {"agree": 2, "differ": 2, "only_first": 0, "only_second": 1, "none": 1}
         parts = report["ensemble"]["first"], report["ensemble"]["second"], report
         assert [part["correct"] for part in parts] == [2, 3, 3]
+        asked_of = report["ensemble"]["asked"]
+        assert (asked_of["model"], asked_of["num_shots"], asked_of["api"]["accepted"]) == ("text", 2, 6)
+        assert done.stdout.splitlines()[-1].startswith("6 of 6 requests answered: ")
 
         dry = score(*asked, "--ensemble", "judge", "--dry-run")
         assert "2 calls, 0 of them in the cache" in dry.stdout
@@ -149,7 +165,9 @@ def test_a_text_model_is_asked_once_and_complements_then_judges(tmp_path, score,
         assert {pid: reply["text"] for pid, reply in judge["replies"].items()} == {
             "2": "I cannot say.", "6": "The answer is B.",
         }  # fmt: skip
-        assert judge["model"] == "text" and judge["failed_by_reason"]["no letter"] == 1
+        assert judge["failed_by_reason"]["no letter"] == 1
+        asked_of = report["ensemble"]["asked"]
+        assert (asked_of["model"], asked_of["api"]["accepted"]) == ("text", 2) and "num_shots" not in asked_of
         assert score(*asked, "--ensemble", "judge").exit_code == 0
         assert len(proxy.answered) == 8 and not proxy.paid_twice()
     assert _report(tmp_path)["ensemble"]["judge"]["replies"] == judge["replies"]
@@ -179,9 +197,48 @@ def test_replies_that_do_not_come_are_counted_and_nothing_is_written(tmp_path, s
     with fault_proxy(_text_model) as proxy:
         options = [*asked, "--base-url", proxy.base_url, "--ensemble", "complement", "--ask-second"]
         done = score(*options, "--max-total-tokens", 0)
-        assert done.exit_code == 1 and "6 of 6 requests have no reply: budget (6)" in done.stderr
+        assert done.exit_code == 1
+        assert "6 of 6 requests have no reply:\n  budget (6, the first: 1, 2, 3)\n" in done.stderr
+        assert "Run the same command again" in done.stderr and "refused" not in done.stderr
         assert not (tmp_path / "out.json").exists() and not (tmp_path / "second.jsonl").exists()
         assert score(*options).exit_code == 0
+
+
+def test_a_judge_that_fails_does_not_stand_in_the_way_of_the_same_command(tmp_path, score, asked):
+    with fault_proxy(_text_model) as proxy:
+        options = [*asked, "--base-url", proxy.base_url, "--ensemble"]
+        assert score(*options, "complement", "--ask-second").exit_code == 0
+        (tmp_path / "second.jsonl").unlink()
+        options += ["judge", "--ask-second"]
+        assert "2 of 2 requests have no reply" in score(*options, "--max-total-tokens", 0).stderr
+        done = score(*options)
+        assert done.exit_code == 0, done.output
+        assert len(proxy.answered) == 8 and not proxy.paid_twice()
+    assert len((tmp_path / "second.jsonl").read_text().splitlines()) == 6
+
+
+def test_half_a_character_is_named_before_the_judge_is_asked(tmp_path, score, asked):
+    write_predictions(tmp_path / "second.jsonl", {"1": "A", "2": "The answer is A. \ud83d"})
+    with fault_proxy(_text_model) as proxy:
+        done = score(*asked, "--base-url", proxy.base_url, "--ensemble", "judge")
+        assert done.exit_code == 1 and f"{tmp_path / 'second.jsonl'}:2: not Unicode text: " in done.stderr
+        assert not proxy.answered
+
+
+def test_half_a_character_of_a_reply_does_not_stop_the_judge(tmp_path, score, asked):
+    with fault_proxy(lambda body: _text_model(body) + " \ud83d") as proxy:
+        done = score(*asked, "--base-url", proxy.base_url, "--ensemble", "judge", "--ask-second")
+        assert done.exit_code == 0, done.output
+    assert '\\ufffd' in (tmp_path / "second.jsonl").read_text()
+
+
+def test_a_split_without_training_problems_says_what_to_do(tmp_path, score, asked):
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"test": [*PROBLEMS]}))
+    with fault_proxy(_text_model) as proxy:
+        options = [*asked, "--base-url", proxy.base_url, "--ensemble", "complement", "--ask-second"]
+        done = score(*options)
+        assert done.exit_code == 1 and "no split 'train'" in done.stderr and "; --shots 0 asks without" in done.stderr
+        assert score(*options, "--shots", 0).exit_code == 0
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from llava_ds.data.build import build_training_data, plan_data
 from llava_ds.data.images import ImageTransform
 from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.distributed import Ranks
-from llava_ds.engine.agree import too_many_bad
+from llava_ds.engine.agree import check_planned, too_many_bad
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.models.build import load_tokenizer
 from tests.helpers.tiny import IMAGE_SIZE, write_data, write_llm, write_recipe
@@ -203,3 +203,10 @@ def test_a_bad_picture_is_an_error_with_the_records_name_or_trains_nothing(world
 )
 def test_the_share_of_bad_pictures_is_bounded(bad, seen, frac, stops):
     assert too_many_bad(bad, seen, frac) == stops
+
+
+@pytest.mark.parametrize("what", ["step", "evaluation"])
+def test_data_that_changed_since_it_was_measured_are_told_what_to_delete(what):
+    check_planned(what, 7, 7)
+    with pytest.raises(DataError, match=f"the {what} was planned with 7 supervised tokens but has 6: .*\n.*'lengths'"):
+        check_planned(what, 7, 6)

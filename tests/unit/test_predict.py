@@ -1,5 +1,6 @@
 """Answers to questions: the same however they are batched, shared and interrupted; nothing of other settings."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,71 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path, questions):
         kept.begin()
 
 
+def test_launches_that_begin_together_are_told_apart(tmp_path, questions):
+    one, other = (_kept(tmp_path, questions, temperature=value) for value in (0.0, 0.5))
+    assert one.begin() == other.begin() == {}
+    with one.part(0) as first, other.part(0) as second:
+        first.add({"q1": "cold"})
+        second.add({"q2": "warm"})
+    for launch in (one, other):
+        with pytest.raises(ConfigError, match="(?s)answers of other settings.*give another file, or remove") as raised:
+            launch.begin()
+        with pytest.raises(ConfigError, match=re.escape(str(raised.value))):
+            launch.finish([])
+    assert not one.file.exists()
+
+
+def test_launches_of_the_same_settings_may_both_finish(tmp_path, questions):
+    launches = [_kept(tmp_path, questions) for _ in range(2)]
+    for launch in launches:
+        launch.begin()
+    for launch in launches:
+        with launch.part(0) as part:
+            part.add({"q1": "yes"})
+        _finish(launch, questions[1:2], ["yes"])
+    assert _kept(tmp_path, questions).begin() == {"q1": "yes"}
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", "null"])
+def test_damaged_settings_say_what_to_remove(tmp_path, questions, text):
+    kept = _kept(tmp_path, questions)
+    _finish(kept, questions[:1], ["yes"])
+    (tmp_path / "answers.jsonl.settings.json").write_text(text)
+    with pytest.raises(ConfigError, match="settings.json: damaged.*give another file, or remove"):
+        kept.begin()
+
+
+NO_ANSWERS = {
+    "123": "expected an object, got int",
+    "null": "expected an object, got NoneType",
+    '{"id": "1"}': "the answer must be text .*got None",
+    '{"id": "1", "text": null}': "the answer must be text .*got None",
+    '{"text": "x"}': "'id' or 'question_id' must be",
+    '{"id": "1", "question_id": 2, "text": "x"}': "'id' and 'question_id' differ",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), NO_ANSWERS.items())
+def test_a_line_that_is_no_answer_is_named(tmp_path, questions, line, message):
+    kept = _kept(tmp_path, questions)
+    kept.begin()
+    with kept.part(0) as part:
+        part.add({"q1": "yes"})
+        part._handle.write(f"{line}\n")
+    with pytest.raises(DataError, match=f"rank-00000-.*jsonl:2: {message}.*; remove that line"):
+        kept.begin()
+    _finish(kept, [], [])
+    kept.file.write_text(f'{{"id": 7, "question_id": "7", "text": ""}}\n{line}\n')
+    with pytest.raises(DataError, match=f"not a file of answers: .*answers.jsonl:2: {message}"):
+        kept.begin()
+
+
+def test_an_id_that_stands_twice_is_refused(tmp_path, questions):
+    (tmp_path / "answers.jsonl").write_text('{"id": 7, "text": "x"}\n{"question_id": "7", "text": "y"}\n')
+    with pytest.raises(DataError, match="answers.jsonl:2: id '7' stands twice"):
+        _kept(tmp_path, questions).begin()
+
+
 def test_a_file_of_something_else_is_not_taken_for_answers(tmp_path, questions):
     (tmp_path / "answers.jsonl").write_text("# notes\n")
     with pytest.raises(DataError, match="answers.jsonl: not a file of answers"):
@@ -153,15 +219,19 @@ def test_a_file_of_something_else_is_not_taken_for_answers(tmp_path, questions):
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
-def test_a_bad_picture_costs_its_batch_only_and_is_named(tmp_path, session, questions):
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
-    bad = [*questions[:3], replace(questions[3], images=(broken,)), *questions[4:]]
+def test_bad_pictures_are_all_named_and_cost_no_other_answer(tmp_path, session, questions):
+    bad = list(questions)
+    for number in (3, 5):
+        broken = tmp_path / f"broken{number}.png"
+        broken.write_bytes(b"no picture")
+        bad[number] = replace(bad[number], images=(broken,))
     kept = _kept(tmp_path, bad)
-    with pytest.raises(DataError, match="broken.png does not decode"):
-        predict(bad, lambda: session, GREEDY, 2, kept=kept)
-    answered = kept.begin()
-    assert len(answered) >= 5 and "q3" not in answered
+    with pytest.raises(DataError) as raised:
+        predict(bad, lambda: session, GREEDY, 7, kept=kept)
+    named = sorted(str(raised.value).splitlines())
+    assert [line[: line.index(":")] for line in named] == ["here[3]", "here[5]"]
+    assert all(f"broken{number}.png does not decode" in line for number, line in zip((3, 5), named, strict=True))
+    assert sorted(kept.begin()) == ["q0", "q1", "q2", "q4", "q6"]
 
 
 def test_missing_pictures_and_repeated_ids_are_listed_together(tmp_path, questions):

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from llava_ds.data.sources.scienceqa import INPUT_FORMATS, OUTPUT_FORMATS, format_problem, open_scienceqa
+from llava_ds.data.sources.scienceqa import INPUT_FORMATS, OUTPUT_FORMATS, format_problem, open_scienceqa, read_split
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.schema import Sample, Turn
 
@@ -162,6 +162,12 @@ def test_an_unknown_split_an_empty_one_and_a_pid_without_problem(tmp_path):
         open_scienceqa(tmp_path, None, "test")
     with pytest.raises(DataError, match=r"problems.json\['9'\]: no such problem, but split 'train'"):
         open_scienceqa(tmp_path, None)[1]
+
+
+def test_a_pid_that_stands_twice_is_not_scored_once(tmp_path):
+    _write(tmp_path, {"1": PROBLEM, "2": PROBLEM}, {"test": ["2", "1", "2"]})
+    with pytest.raises(DataError, match=r"pid_splits.json: 1 pid\(s\) stand more than once in 'test': 2; keep one"):
+        read_split(tmp_path / "problems.json", tmp_path / "pid_splits.json", "test")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,10 @@ STATED = [
         "(A) a feather (B) a stone (C) water\nThe answer is B.", "(B) because (A) is light. The answer is B.",
         "stone", "The stone!", "'a stone'", "The answer is a stone.", "The answer is the stone because it is dense.",
         "The correct choice is: stone",
+        "“B”", "The answer is ‘B’.", "The answer is “B”.", "The answer is “a stone”.", r"\boxed{\text{B}}", r"\(B\)",
+        r"The answer is $\mathbf{B}$.", "B<|endoftext|>",
+        "A stone because it is dense. The answer is B.", "Water because it flows. So, the answer is B.",
+        "Nobody says the answer is A. The answer is B.",
     )),
     *((text, 2) for text in (
         "WATER", "Answer: water", "The answer is C because A is light.", "I'd go with option C.",
@@ -62,12 +66,17 @@ NOT_STATED = [
         '"The answer is a stone." is incorrect.', "The answer is A?",
         "Is the answer A?", "A: a stone", "A: The dog", "A stone or a feather", "feather, stone",
         "The answer is a feather and a stone.", "dog",
+        "A is correct?", "It is false that the answer is A.", "It is wrong to say that the answer is A.",
+        "Nobody says the answer is A", "A feather because it is light. The answer is not a feather.",
     )),
     *((text, SEVERAL_LETTERS) for text in (
         "A or B", "A and B", "A, B", "A/B", "A\nB", "The answer is A or B.", "The answer is A and B are wrong.",
         "The answer is A. The answer is B.", "So the answer is A. The answer is B.", "B. No. The answer is C.",
         "So the answer is A. Thus, the answer is B.", "(A) a feather (B) a stone (C) water", "A. a feather B. a stone",
         "A. a stone", "The answer is (A) a stone.", "The answer is a feather. The answer is a stone.",
+        "A. B", "The answer is A. (B)", "A feather because it is light. No wait, the answer is B.",
+        "Water because it is wet is what one might say, but the answer is B.",
+        "A feather, since it floats. The answer is a stone.",
     )),
     *((text, OUT_OF_RANGE) for text in ("D", "(Z)", "The answer is D.", "D. a bird", "Answer: e")),
 ]  # fmt: skip
@@ -113,6 +122,11 @@ def test_every_choice_by_its_text():
         assert extract_answer(f"The answer is {choice}.", choices) == Answer(wanted)
     for loose in ("IN THE LAMP", "lamp", "The answer is 5.5"):
         assert extract_answer(loose, choices).index == -1
+
+
+def test_a_letter_may_be_a_choice_s_text():
+    assert extract_answer("B. x", ["w", "x"]) == extract_answer("The answer is B. X", ["w", "x"]) == Answer(1)
+    assert extract_answer("B. w", ["w", "x"]) == Answer(-1, SEVERAL_LETTERS)
 
 
 def test_without_choices_five_letters_count():

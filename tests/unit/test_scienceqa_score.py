@@ -4,12 +4,14 @@ import json
 
 import pytest
 
-from llava_ds.errors import ConfigError, DataError
+from llava_ds.api.messages import ChatRequest, Outcome
+from llava_ds.errors import BackendUnavailableError, ConfigError, DataError
 from llava_ds.evaluation.scienceqa_answers import MISSING, NO_LETTER, OUT_OF_RANGE, REASONS, Answer
 from llava_ds.evaluation.scienceqa_columns import COLUMNS, PAPER_ROWS, format_table, read_problems
 from llava_ds.evaluation.scienceqa_ensembles import complement, count_cases, judge, to_judge
 from llava_ds.evaluation.scienceqa_predictions import Prediction, read_predictions
 from llava_ds.evaluation.scienceqa_score import decide, official_images, summarise, table_row
+from llava_ds.evaluation.scienceqa_text_model import ask_all
 from tests.helpers.scienceqa import PROBLEMS, problem, write_predictions, write_scienceqa
 
 TEXTS = {"1": "A", "2": "The answer is B.", "3": "(C)", "4": "D", "5": "no idea"}  # none for 6
@@ -53,6 +55,8 @@ def test_the_three_forms_of_a_file(tmp_path):
         ('{"id": true, "text": "A"}', "f:1: 'id' or 'question_id' must be"),
         ('{"id": "1", "text": "A"}\n{', "f:2: not valid JSON"),
         ('["A"]', "f:1: expected an object, got list"),
+        ('{"id": 1, "question_id": 2, "text": "A"}', "f:1: 'id' and 'question_id' differ"),
+        ('{\n  "outputs": {\n    "1": "A",\n    "2"', "f: not valid JSON: .* line 4 column"),
         ("[" * 100_000, "f:1: not valid JSON"),
     ],
 )
@@ -155,6 +159,29 @@ def test_published_rows_have_all_columns_and_an_average_between_them():
 NO = Answer(-1, NO_LETTER)
 FIRST = {"both": Answer(0), "differ": Answer(0), "lost": Answer(0), "first": Answer(0), "second": NO, "none": NO}
 SECOND = {"both": Answer(0), "differ": Answer(1), "lost": Answer(1), "first": NO, "second": Answer(1), "none": NO}
+
+
+class _Refusing:
+    """A client of an endpoint that takes nothing but the last request."""
+
+    def ask(self, requests):
+        for request in requests[:-1]:
+            yield Outcome(request, None, "refused: too long")
+        yield Outcome(requests[-1], None, self.last)
+
+
+@pytest.mark.parametrize(("last", "again"), [("refused: too long", False), ("budget", True)])
+def test_what_is_refused_is_named_and_not_asked_again(last, again):
+    client, requests = _Refusing(), [ChatRequest(str(number), "m", (), 1) for number in range(5)]
+    client.last = last
+    with pytest.raises(BackendUnavailableError) as raised:
+        ask_all(client, requests)
+    lines = str(raised.value).splitlines()
+    assert lines[:2] == [
+        "5 of 5 requests have no reply:",
+        f"  refused: too long ({5 - again}, the first: 0, 1, 2)",
+    ]
+    assert "refused again" in str(raised.value) and ("Run the same command again" in str(raised.value)) == again
 
 
 def test_complement_takes_the_first_where_the_second_has_no_answer():

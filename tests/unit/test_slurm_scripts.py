@@ -125,3 +125,40 @@ def test_the_chain_asks_for_as_many_tasks_as_gpus_where_a_model_runs(tmp_path, g
     large = [("nodes", "2"), ("ntasks-per-node", "8"), ("gpus-per-node", gpus)]
     small = [("nodes", "1"), ("ntasks-per-node", "1")]
     assert sizes == [small, large, large, small, large]
+
+
+SRUN = """#!/bin/bash
+echo "$*" >>"$ASKED"
+while [ "$1" != --json ]; do shift; done
+touch "$2"
+"""
+SCONTROL = "#!/bin/bash\nhostname\n"
+
+
+def test_a_task_has_its_own_scores_and_another_checkpoint_may_be_named(tmp_path):
+    """Of an srun that notes what it is asked for, and writes the scores."""
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    runs = tmp_path / "runs"
+    for file in (runs / "merged" / "COMPLETE", tmp_path / "venv" / "bin" / "activate"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "here", "LLAVA_SUBMITTED": "1"}
+    environ = _environ(tmp_path, "", **job, ASKED=str(tmp_path / "asked"), LLAVA_VENV=str(tmp_path / "venv"))
+    environ["PATH"] = f"{tmp_path}:{environ['PATH']}"
+
+    def evaluate(*options: str, **given: str) -> str:
+        (tmp_path / "asked").write_text("")
+        command = [str(SLURM / "evaluate.sh"), *options]
+        done = subprocess.run(command, env=environ | given, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "asked").read_text().partition("tools/evaluate ")[2].strip() or done.stdout
+
+    assert evaluate() == f"{runs}/merged --predictions {runs}/predictions.jsonl --json {runs}/scores.json"
+    assert evaluate() == f"{runs}/scores.json is there already; remove it to do this again\n"
+    own = f"--predictions {runs}/predictions-scienceqa.jsonl --json {runs}/scores-scienceqa.json"
+    options = ["--task", "scienceqa", "--data", "d"]
+    assert evaluate(*options, LLAVA_EVALUATE="other") == f"other {own} --task scienceqa --data d"
+    (runs / "scores-scienceqa.json").unlink()
+    assert evaluate("--task=scienceqa") == f"{runs}/merged {own} --task=scienceqa"

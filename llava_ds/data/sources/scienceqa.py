@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,9 +131,16 @@ def open_scienceqa(
 def read_split(problems_file: Path, splits_file: Path, split: str) -> dict[str, Any]:
     """The problems of a split as they stand in the file, by pid, in the order of the split.
 
-    Raises ConfigError for an unknown split, DataError for a missing or broken file or problems that are not there.
+    Raises ConfigError for an unknown split, DataError for a missing or broken file, problems that are not there, or a
+    pid that stands twice.
     """
     problems, pids = _read_object(problems_file), _read_pids(splits_file, split)
+    repeated = [pid for pid, count in Counter(pids).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{splits_file}: {len(repeated)} pid(s) stand more than once in {split!r}: {', '.join(repeated[:5])}; "
+            "keep one of each"
+        )
     missing = [pid for pid in pids if pid not in problems]
     if missing:
         raise DataError(
