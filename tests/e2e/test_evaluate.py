@@ -1,12 +1,10 @@
 """tools/evaluate on ScienceQA and LLaVA-Bench: what is asked, what is written, and what is refused before."""
 
 import json
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
 
 from llava_ds.evaluation.scienceqa_questions import ANSWER_DIRECTLY
@@ -14,21 +12,12 @@ from llava_ds.inference.session import Sampling, load_session
 from llava_ds.quickstart.concepts import load_concepts
 from llava_ds.quickstart.scienceqa.prepare import write_scienceqa
 from llava_ds.schema import Turn
+from tests.helpers.commands import invoke
 from tests.helpers.tiny import write_run, write_world
-
-TOOL = Path(__file__).parents[2] / "tools" / "evaluate"
-
-
-@pytest.fixture(autouse=True)
-def beside_the_tools(monkeypatch):
-    monkeypatch.syspath_prepend(TOOL.parent)
 
 
 def _evaluate(*options: object) -> Result:
-    spec = spec_from_loader("evaluate", SourceFileLoader("evaluate", str(TOOL)))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return CliRunner().invoke(module.main, list(map(str, options)))
+    return invoke("evaluate", *options)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
+from tests.helpers.commands import invoke
 from tests.unit.test_encode_golden import HANDLED, REFUSED, TYPED_SPECIALS, _cases, _write_vicuna
 
 TOOL = Path(__file__).parents[2] / "tools" / "inspect_data"
@@ -22,13 +21,7 @@ def vicuna(tmp_path_factory) -> str:
 
 
 def _run(*arguments: str) -> Result:
-    """In this process: a new one takes seconds to import torch."""
-    loader = SourceFileLoader("inspect_data", str(TOOL))
-    spec = spec_from_loader("inspect_data", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return CliRunner().invoke(module.main, list(arguments))
+    return invoke("inspect_data", *arguments)
 
 
 @pytest.mark.parametrize(("template", "limit", "num_exact"), [("v1", 96, 23), ("v0", 2048, 31), ("plain", 96, 9)])

@@ -1,16 +1,13 @@
 """tools/judge as its users call it, against a judge on loopback whose every score is known."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from llava_ds.errors import DataError
 from llava_ds.evaluation.judge_parsing import parse_scores
@@ -26,36 +23,22 @@ from tests.helpers.bench import (
     write_rows,
 )
 from tests.helpers.chat_server import MODEL, serve_chat
+from tests.helpers.commands import invoke
 from tests.helpers.fault_proxy import FAULTS, PROMPT_TOKENS, FaultProxy, chat_reply, fault_proxy
 from tests.helpers.scripted_judge import ScriptedJudge, verdict
 
 GRAMMAR = r"""root ::= score " " score "\n" [A-Za-z ,.]+
 score ::= "10" | [1-9]"""
-TOOL = Path(__file__).parents[2] / "tools" / "judge"
 
 
-def _run(files: Files, judge: FaultProxy | None, folder: Path, *options: str) -> Result:
+def _run(files: Files, judge: FaultProxy | None, folder: Path, *options: object) -> Result:
     """In this process: a new one takes seconds of imports."""
     arguments = []
     for name, path in files.items():
         arguments += [f"--{name}" if name in ("questions", "references", "context") else "--answers", str(path)]
     if judge is not None:
         arguments += ["--base-url", judge.base_url, "--model", "judge", "--cache", str(folder / "cache")]
-    return invoke([*arguments, "--num-resamples", "200", "--json", str(folder / "out.json"), *options])
-
-
-def invoke(arguments: list[str]) -> Result:
-    """The command's main in this process."""
-    sys.path.insert(0, str(TOOL.parent))
-    try:
-        loader = SourceFileLoader("judge_tool", str(TOOL))
-        spec = spec_from_loader("judge_tool", loader)
-        assert spec is not None
-        module = module_from_spec(spec)
-        loader.exec_module(module)
-        return CliRunner().invoke(module.main, arguments)
-    finally:
-        sys.path.remove(str(TOOL.parent))
+    return invoke("judge", *arguments, "--num-resamples", "200", "--json", folder / "out.json", *options)
 
 
 def _report(folder: Path) -> dict:
@@ -220,6 +203,8 @@ def test_nothing_is_asked_when_files_do_not_fit_or_for_a_dry_run(tmp_path):
         assert done.exit_code == 2 and "lacks 1 of the 9 question ids" in done.output
         assert not judge.answered and not (tmp_path / "out.json").exists()
     assert _run(files, None, tmp_path).exit_code == 2
+    done = _run(files, judge, tmp_path, "--json", files["ours"])
+    assert done.exit_code == 2 and f"--answers {files['ours']} and --json are one file" in done.output
     assert "there is no folder" in _run(files, judge, tmp_path, "--json", str(tmp_path / "no" / "out.json")).output
 
 
@@ -286,7 +271,7 @@ def test_official_reviews_are_summed_up(tmp_path):
     rows = [{"question_id": id, "category": "conv", "tuple": pair, "content": "8, 6"}
             for id, pair in enumerate(([8, 6], [-1, -1]))]
     path = write_rows(tmp_path / "reviews.jsonl", rows)
-    done = invoke(["--official-reviews", str(path), "--json", str(tmp_path / "out.json")])
+    done = invoke("judge", "--official-reviews", path, "--json", tmp_path / "out.json")
     assert done.exit_code == 0 and "1 of them failed, 1 of these could be read after all" in done.output
     assert _report(tmp_path)["reviews"][0]["scores"]["all"]["relative"] == 75
 

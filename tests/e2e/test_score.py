@@ -2,38 +2,24 @@
 
 import json
 import re
-import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
+from functools import partial
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 from tests.helpers.chat_server import MODEL, serve_chat
+from tests.helpers.commands import invoke
 from tests.helpers.fault_proxy import fault_proxy
 from tests.helpers.scienceqa import PROBLEMS, write_predictions, write_scienceqa
 
-TOOLS = Path(__file__).parents[2] / "tools"
 LLAVA = {pid: f"The answer is {letter}." for pid, letter in [("1", "A"), ("2", "C"), ("3", "C"), ("6", "B")]}
 LLAVA |= {"4": "no idea"}
 
 
 @pytest.fixture
-def score(tmp_path, monkeypatch):
-    """The command in this process, without the seconds of its imports."""
-    monkeypatch.syspath_prepend(TOOLS)
-    spec = spec_from_loader("score", SourceFileLoader("score", str(TOOLS / "score")))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*options: object) -> Result:
-        given = ["--task", "scienceqa", "--json", tmp_path / "out.json", *options]
-        return CliRunner().invoke(module.main, list(map(str, given)))
-
-    yield run
-    for module in ("endpoint_options", "output_options"):
-        sys.modules.pop(module, None)
+def score(tmp_path):
+    """The command."""
+    return partial(invoke, "score", "--task", "scienceqa", "--json", tmp_path / "out.json")
 
 
 def _report(folder: Path) -> dict:

@@ -5,16 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 from llava_ds.checkpoint.fragments import shard_names
 from llava_ds.inference.session import Sampling, Session, load_session
 from llava_ds.schema import Turn
+from tests.helpers.commands import invoke
 from tests.helpers.fork_server import Script, run_scripts
 from tests.helpers.launch import clean_environ
 from tests.helpers.tiny import write_run, write_world
@@ -43,14 +41,6 @@ def _printed(*scripts: Script) -> list[str]:
     done = run_scripts(scripts)
     assert [one.returncode for one in done] == [0] * len(scripts), "\n".join(one.stderr for one in done)
     return [one.stdout for one in done]
-
-
-def _invoke(tool: str, *options: object, stdin: str = "") -> Result:
-    """The command in this process, without the seconds of its imports."""
-    spec = spec_from_loader(tool, SourceFileLoader(tool, str(TOOLS / tool)))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return CliRunner().invoke(module.main, list(map(str, options)), input=stdin)
 
 
 def _answer(session: Session, turns: list[Turn], images: list[Path]) -> str:
@@ -147,7 +137,7 @@ def test_where_the_image_stands_may_be_typed_and_no_image_is_needed(world, sessi
     image = world / "data" / "0.png"
     for images, typed, text in [([image], f"{WHAT}\n<image>", f"{WHAT}\n<image>"), ([], WHAT, WHAT)]:
         options = [option for file in images for option in ("--image", file)]
-        done = _invoke("chat", world / "run", *options, "--prompt", typed, "--max-new-tokens", 5)
+        done = invoke("chat", world / "run", *options, "--prompt", typed, "--max-new-tokens", 5)
         assert done.exit_code == 0, done.stderr
         assert done.stdout.strip() == _answer(session, [Turn("user", text)], images)
 
@@ -155,7 +145,7 @@ def test_where_the_image_stands_may_be_typed_and_no_image_is_needed(world, sessi
 def test_a_slip_does_not_end_a_conversation(world, session):
     image = world / "data" / "0.png"
     options = (world / "run", "--image", image, "--max-new-tokens", 5)
-    done = _invoke("chat", *options, stdin=f"<image> or <image>?\n{WHAT}\n")  # ends with Ctrl-D
+    done = invoke("chat", *options, stdin=f"<image> or <image>?\n{WHAT}\n")  # ends with Ctrl-D
     assert done.exit_code == 0
     assert "Error: 2 '<image>' in the questions but 1 image(s) given" in done.stderr
     assert _answer(session, [Turn("user", f"<image>\n{WHAT}")], [image]) in done.stdout
@@ -206,7 +196,7 @@ LATE = [
 def _check_refused(world: Path, case: tuple[str, ...]) -> None:
     command, *wanted = (text.format(w=world, d=world / "data", step=STEP, shard=SHARD) for text in case)
     before = sorted(world.rglob("*"))
-    done = _invoke(*command.split())
+    done = invoke(*command.split())
     assert isinstance(done.exception, SystemExit), done.exception  # not the exception of a traceback
     assert done.exit_code != 0
     assert done.stdout == ""

@@ -4,14 +4,11 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -59,6 +56,7 @@ from llava_ds.data.images import open_image
 from llava_ds.errors import CheckpointError, ConfigError
 from llava_ds.models.build import load_tokenizer
 from llava_ds.models.vision_tower import TowerSpec, build_tower_from_spec, read_tower_spec
+from tests.helpers.commands import invoke
 from tests.helpers.tiny import (
     IMAGE_SIZE,
     LLM_WIDTH,
@@ -951,11 +949,7 @@ def test_large_models_are_written_in_shards(runs, tmp_path):
 
 
 def _invoke(*arguments):
-    """The command in this process, without the seconds of its imports."""
-    spec = spec_from_loader("convert", SourceFileLoader("convert", str(ROOT / "tools" / "convert")))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return CliRunner().invoke(module.main, list(map(str, arguments)))
+    return invoke("convert", *arguments)
 
 
 def test_the_command_says_what_it_wrote(runs, exports, tmp_path):

@@ -1,13 +1,10 @@
 """Generation against a server on loopback: exact files, whatever the order, and nothing paid twice."""
 
 import json
-import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
+from functools import partial
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from llava_ds.api.budget import Budget, Prices
 from llava_ds.api.cache import ReplyCache
@@ -24,10 +21,10 @@ from llava_ds.datagen.records import Records
 from llava_ds.datagen.requests import GenerationSettings, build_request
 from llava_ds.errors import ConfigError
 from llava_ds.text.instructions import DETAILED_INSTRUCTIONS, draw_instruction
+from tests.helpers.commands import invoke
 from tests.helpers.data_writer import kind_of, make_images, words_of, write_reply
 from tests.helpers.fault_proxy import body_hash, fault_proxy, response_id
 
-TOOL = Path(__file__).parents[2] / "tools" / "generate_data"
 IMAGES = make_images(10)
 RECORDS = Records(IMAGES, "abc")
 PROMPTS = load_prompts(OUR_PROMPTS, KINDS)
@@ -241,14 +238,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 @pytest.fixture
-def invoke(monkeypatch):
-    """The command in this process."""
-    monkeypatch.syspath_prepend(TOOL.parent)
-    spec = spec_from_loader("generate_data", SourceFileLoader("generate_data", str(TOOL)))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield lambda *options: CliRunner().invoke(module.main, list(map(str, options)))
-    sys.modules.pop("endpoint_options", None)
+def generate_data():
+    """The command."""
+    return partial(invoke, "generate_data")
 
 
 @pytest.fixture
@@ -259,66 +251,66 @@ def scenes(tmp_path):
     return path
 
 
-def test_the_command(invoke, scenes, tmp_path):
+def test_the_command(generate_data, scenes, tmp_path):
     out = tmp_path / "out"
     with fault_proxy(write_reply) as proxy:
         local = ("--model", "m", "--base-url", proxy.base_url)
-        dry = invoke(scenes, out, *local, "--dry-run", "--price-in", 1, "--price-out", 2)
+        dry = generate_data(scenes, out, *local, "--dry-run", "--price-in", 1, "--price-out", 2)
         assert dry.exit_code == 0, dry.output
         assert "all: 20 calls, 0 of them in the cache" in dry.output and "conversation: 7 calls" in dry.output
         assert not out.exists() and proxy.totals().total() == 0
-        done = invoke(scenes, out, *local, "--kind", "detail", "--num-samples", 3)
+        done = generate_data(scenes, out, *local, "--kind", "detail", "--num-samples", 3)
         assert done.exit_code == 0, done.output
         assert "detail: 3 of 3 samples, 0 rejected" in done.output
-        capped = invoke(scenes, tmp_path / "capped", *local, "--max-total-tokens", 1)
+        capped = generate_data(scenes, tmp_path / "capped", *local, "--max-total-tokens", 1)
         assert capped.exit_code == 1 and "no answer for 20 samples: budget" in capped.output
         assert "without paying twice" in capped.output
-        other = invoke(scenes, out, *local, "--kind", "complex", "--num-samples", 3)
+        other = generate_data(scenes, out, *local, "--kind", "complex", "--num-samples", 3)
         assert other.exit_code == 1 and "ConfigError" in other.output and "mix" in other.output
         assert proxy.totals() == {"good": 3}
     assert {record["id"][5:] for record in json.loads((out / "data.json").read_text())} == {"detail"}
 
 
-def test_what_the_command_cannot_use_stays_as_it_is(invoke, scenes, tmp_path):
+def test_what_the_command_cannot_use_stays_as_it_is(generate_data, scenes, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("")
     (foreign / ".DS_Store").write_text("")
     local = ("--model", "m", "--base-url", "http://127.0.0.1:9/v1")
-    done = invoke(scenes, foreign, *local)
+    done = generate_data(scenes, foreign, *local)
     assert done.exit_code == 1 and "holds something else (thesis.tex)" in done.output
     assert sorted(file.name for file in foreign.iterdir()) == [".DS_Store", "thesis.tex"]
-    done = invoke(scenes, scenes / "out", *local)
+    done = generate_data(scenes, scenes / "out", *local)
     assert done.exit_code == 1 and "NotADirectoryError" in done.output and isinstance(done.exception, SystemExit)
 
 
-def test_a_first_file_that_was_cut_off_is_no_obstacle(invoke, scenes, tmp_path):
+def test_a_first_file_that_was_cut_off_is_no_obstacle(generate_data, scenes, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".provenance.json").write_text("{")
     with fault_proxy(write_reply) as proxy:
-        done = invoke(scenes, out, "--model", "m", "--base-url", proxy.base_url, "--kind", "detail")
+        done = generate_data(scenes, out, "--model", "m", "--base-url", proxy.base_url, "--kind", "detail")
     assert done.exit_code == 0, done.output
     assert (out / "COMPLETE").is_file() and not (out / ".provenance.json").exists()
 
 
-def test_nothing_that_could_be_used_is_no_success(invoke, scenes, tmp_path):
+def test_nothing_that_could_be_used_is_no_success(generate_data, scenes, tmp_path):
     with fault_proxy(lambda body: "The caption says so.") as proxy:
-        done = invoke(scenes, tmp_path / "out", "--model", "m", "--base-url", proxy.base_url, "--kind", "detail")
+        done = generate_data(scenes, tmp_path / "out", "--model", "m", "--base-url", proxy.base_url, "--kind", "detail")
     assert done.exit_code == 1 and "detail: 0 of 10 samples, 10 rejected" in done.output
 
 
-def test_the_command_of_naive_pairs(invoke, tmp_path):
+def test_the_command_of_naive_pairs(generate_data, tmp_path):
     pairs = tmp_path / "pairs.csv"
     pairs.write_text("image,caption\na.jpg,A cat.\nb.jpg,A dog.\n")
-    done = invoke(pairs, tmp_path / "out", "--kind", "naive")
+    done = generate_data(pairs, tmp_path / "out", "--kind", "naive")
     assert done.exit_code == 0, done.output
     assert "2 samples written" in done.output
     assert [r["image"] for r in json.loads((tmp_path / "out" / "data.json").read_text())] == ["a.jpg", "b.jpg"]
-    done = invoke(pairs, tmp_path / "o", "--kind", "naive", "--dry-run", "--mix", "x", "--max-per-phrase", "9")
+    done = generate_data(pairs, tmp_path / "o", "--kind", "naive", "--dry-run", "--mix", "x", "--max-per-phrase", "9")
     assert done.exit_code == 2
     assert "without --balance has no use for --mix, --max-per-phrase, --dry-run; leave that out" in done.output
-    assert "has no use for --mix, --balance;" in invoke(
+    assert "has no use for --mix, --balance;" in generate_data(
         pairs, tmp_path / "o", "--kind", "detail", "--model", "m", "--balance", "--mix", "1:2:3"
     ).output
     assert not (tmp_path / "o").exists()

@@ -7,13 +7,11 @@ import struct
 import subprocess
 import sys
 import zlib
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
 
 from llava_ds.data.doctor import image_checks
@@ -31,6 +29,7 @@ from llava_ds.data.text_pipeline import TextPipeline
 from llava_ds.errors import ConfigError, DataError
 from llava_ds.models.build import load_tokenizer
 from llava_ds.schema import Sample, StoredImage, Turn
+from tests.helpers.commands import invoke
 from tests.helpers.fork_server import Script, run_scripts
 from tests.helpers.launch import clean_environ
 from tests.helpers.tiny import write_llm
@@ -424,11 +423,7 @@ def _script(*options: object) -> Script:
 
 
 def _invoke(*options: object) -> Result:
-    """The command in this process, without the seconds of its imports."""
-    spec = spec_from_loader("doctor", SourceFileLoader("doctor", str(TOOL)))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return CliRunner().invoke(module.main, list(map(str, options)))
+    return invoke("doctor", *options)
 
 
 def _write(folder: Path, records: list[dict]) -> Path:
