@@ -16,8 +16,8 @@ from llava_ds.datagen.records import Records
 from llava_ds.datagen.results import Result, sum_tokens
 from llava_ds.errors import ConfigError
 
-_SPENT = ("calls", "paid_calls", "lost_calls", "prompt_tokens", "completion_tokens", "cost_usd", "max_lost_tokens",
-          "max_lost_cost_usd")
+_SPENT = ("calls", "paid_calls", "lost_calls", "num_estimated", "prompt_tokens", "completion_tokens", "cost_usd",
+          "max_lost_tokens", "max_lost_cost_usd")
 
 
 def count_results(results: Sequence[Result], records: Records, prices: Prices) -> dict[str, Any]:

@@ -65,7 +65,10 @@ def _tokens(counts: Mapping[str, Any]) -> str:
 
 
 def _paid(counts: Mapping[str, Any]) -> str:
-    lost = f", and at most {counts['max_lost_tokens']} tokens, {format_usd(counts['max_lost_cost_usd'])}"
-    return f"for {counts['paid_calls']} calls: {_tokens(counts)}" + (
-        f"{lost}, for {counts['lost_calls']} lost calls" if counts["lost_calls"] else ""
-    )
+    text = f"for {counts['paid_calls']} calls: {_tokens(counts)}"
+    if counts["num_estimated"]:
+        text += f" (estimated for {counts['num_estimated']} without token counts, which caps take at their worst)"
+    if counts["lost_calls"]:
+        lost = f"{counts['max_lost_tokens']} tokens, {format_usd(counts['max_lost_cost_usd'])}"
+        text += f", and at most {lost}, for {counts['lost_calls']} lost calls"
+    return text

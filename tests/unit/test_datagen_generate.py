@@ -27,7 +27,7 @@ from llava_ds.datagen.summary import summarize_report
 from llava_ds.errors import ConfigError
 from llava_ds.text.instructions import DETAILED_INSTRUCTIONS, draw_instruction
 from tests.helpers.data_writer import kind_of, make_images, words_of, write_reply
-from tests.helpers.fault_proxy import body_hash, fault_proxy, response_id
+from tests.helpers.fault_proxy import body_hash, chat_reply, fault_proxy, response_id
 
 TOOL = Path(__file__).parents[2] / "tools" / "generate_data"
 IMAGES = make_images(10)
@@ -161,6 +161,17 @@ def test_nothing_good_is_said(tmp_path):
     said = summarize_report(report, tmp_path)
     assert report["is_complete"] and "No sample is good" in said
     assert f"this run paid for 32 calls: 1120 + {32 * 4} tokens, no prices given\n" in said
+
+
+def test_what_is_not_known_is_said(tmp_path):
+    def answer(body: dict) -> dict:
+        return {name: value for name, value in chat_reply(write_reply(body), "m").items() if name != "usage"}
+
+    with fault_proxy(answer, fault_frac=1, faults=("http_504",), max_faults=1) as proxy:
+        report = run(tmp_path, proxy.base_url)
+    said = summarize_report(report, tmp_path)
+    assert " (estimated for 16 without token counts, which caps take at their worst), and at most " in said
+    assert "for 16 lost calls" in said and report["spent"]["max_lost_cost_usd"] > report["spent"]["cost_usd"] > 0
 
 
 def test_replies_without_text_are_refused_and_paid_once(tmp_path):
