@@ -84,8 +84,8 @@ def _read_text(content: Any) -> str:
 
 
 def _read_word(data: dict[str, Any], name: str) -> str:
-    """A name for reports, which are UTF-8: half a character becomes a question mark."""
-    return str(data.get(name) or "").encode(errors="replace").decode()
+    """A name for reports, which are UTF-8: half a character stands as its escape, ``\\ud83d``."""
+    return str(data.get(name) or "").encode(errors="backslashreplace").decode()
 
 
 def _read_usage(data: dict[str, Any]) -> Tokens | None:
