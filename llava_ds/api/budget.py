@@ -10,22 +10,30 @@ from llava_ds.api.tokens import Tokens
 
 @dataclass(frozen=True)
 class Prices:
-    """US dollars for a million tokens; 0 where nothing is paid or known."""
+    """US dollars for a million tokens; None where nobody said."""
 
-    prompt_usd_per_million: float = 0.0
-    completion_usd_per_million: float = 0.0
+    prompt_usd_per_million: float | None = None
+    completion_usd_per_million: float | None = None
 
-    def cost_usd(self, tokens: Tokens) -> float:
-        """What tokens cost."""
-        return (tokens.prompt * self.prompt_usd_per_million + tokens.completion * self.completion_usd_per_million) / 1e6
+    def cost_usd(self, tokens: Tokens) -> float | None:
+        """What tokens cost; None where their price is not known."""
+        counted = list(zip(tokens, (self.prompt_usd_per_million, self.completion_usd_per_million), strict=True))
+        if any(count and price is None for count, price in counted):
+            return None
+        return sum(count * price for count, price in counted if price) / 1e6
+
+
+def format_usd(cost_usd: float | None, num_digits: int = 4) -> str:
+    """A cost for people."""
+    return "no prices given" if cost_usd is None else f"${cost_usd:.{num_digits}f}"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Caps on what one client pays; None is no cap. Replies out of the cache are free.
+    """Caps on what one client pays; None is no cap. Replies out of the cache are free. Of unknown cost nothing fits.
 
     A call counts with its bound (a token of each byte, all of ``max_tokens``) until its reply says what it took, and
-    for good where the reply was lost on the way: it may have been paid.
+    for good where it does not say, or the reply was lost on the way: it may have been paid.
     """
 
     prices: Prices = Prices()
@@ -68,6 +76,8 @@ class Account:
     def _fits(self, worst: Tokens) -> bool:
         total = self._paid.plus(self._reserved).plus(worst)
         max_cost_usd, max_tokens = self._budget.max_cost_usd, self._budget.max_total_tokens
-        return (max_cost_usd is None or self._budget.prices.cost_usd(total) <= max_cost_usd) and (
-            max_tokens is None or sum(total) <= max_tokens
-        )
+        if max_cost_usd is not None:
+            cost_usd = self._budget.prices.cost_usd(total)
+            if cost_usd is None or cost_usd > max_cost_usd:
+                return False
+        return max_tokens is None or sum(total) <= max_tokens

@@ -69,8 +69,7 @@ class ReplyCache:
         place = self._places.get(key)
         if place is None or self._handle is None:
             return None
-        entry = json.loads(os.pread(self._handle.fileno(), place[1], place[0]))
-        return CachedReply(replace(_reply_of(entry), cached=True), entry["base_url"])
+        return _read_line(os.pread(self._handle.fileno(), place[1], place[0]))[1]
 
     def put(self, request: ChatRequest, reply: ChatReply, base_url: str) -> None:
         """Keeps a reply; it is on disk on return. Raises OSError when it cannot be written."""
@@ -128,10 +127,8 @@ class ReplyCache:
 
     def _add(self, line: bytes, start: int) -> None:
         try:
-            entry = json.loads(line)
-            _reply_of(entry)
-            self._places[str(entry["key"])] = (start, len(line))
-        except (ValueError, KeyError, TypeError):
+            self._places[_read_line(line)[0]] = (start, len(line))
+        except (ValueError, KeyError, TypeError, RecursionError):
             self.num_damaged += bool(line.strip())
 
     @staticmethod
@@ -149,8 +146,10 @@ class ReplyCache:
         return start
 
 
-def _reply_of(entry: dict[str, Any]) -> ChatReply:
-    return ChatReply(**entry["reply"])
+def _read_line(line: bytes) -> tuple[str, CachedReply]:
+    """A key and what stands under it."""
+    entry: dict[str, Any] = json.loads(line)
+    return str(entry["key"]), CachedReply(replace(ChatReply(**entry["reply"]), cached=True), str(entry["base_url"]))
 
 
 def _hold(file: Path, log: Callable[[str], None]) -> IO[str]:

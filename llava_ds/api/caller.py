@@ -20,6 +20,8 @@ from llava_ds.api.tokens import Tokens, expected_tokens, worst_tokens
 from llava_ds.errors import ConfigError
 
 _NOTHING = Tokens(0, 0)
+_NO_MODEL = {"wrong_model", "bad_json"}
+"""Faults that another model answers with, a login page, or what is no chat endpoint."""
 
 
 class Stopped(Exception):
@@ -101,7 +103,8 @@ class Caller:
             self._report.count("calls")
             received = self._connection.send(request)
             reply = received.reply
-            paid = Tokens(reply.prompt_tokens, reply.completion_tokens)
+            # What was estimated may be too little: the account takes the bound.
+            paid = worst if received.is_estimated else Tokens(reply.prompt_tokens, reply.completion_tokens)
             self._report.count_paid(reply, received.is_estimated)
             self._cache.put(request, reply, self._endpoint.public_url)
             return reply
@@ -128,6 +131,9 @@ class Caller:
     def _given_up(self, faults: list[Fault]) -> Exception:
         problem = f"{faults[-1]} (try {len(faults)})"
         # An endpoint that never answers as the model would be paid for every try of every request.
-        if {fault.kind for fault in faults} == {"wrong_model"} and not self._report.models:
-            return ConfigError(f"{self._endpoint.public_url}: {problem}.\n  No reply came from the model asked for.")
+        if {fault.kind for fault in faults} <= _NO_MODEL and not self._report.models:
+            return ConfigError(
+                f"{self._endpoint.public_url}: {problem}.\n  No reply of use has come from there: check --base-url and "
+                "--model."
+            )
         return NoReply(f"gave up: {problem}")

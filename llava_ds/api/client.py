@@ -66,7 +66,7 @@ class ChatClient:
         ``attempt + 1``, up to ``max_attempts`` in all. Requests that are the same in all but their id are paid once.
         Once the budget is spent, what the cache does not hold comes as problem ``budget``.
 
-        Raises ConfigError when the endpoint answers nobody (401, 403, 404, no quota left, never the model asked),
+        Raises ConfigError when the endpoint answers nobody (401 to 404, no quota left, never a reply of the model),
         OSError when a reply cannot be kept, and what ``check`` raises. However it ends, calls in flight get 10 s, and
         what was paid is in the cache.
         """
@@ -94,7 +94,7 @@ class ChatClient:
             ) as outcomes:
                 for outcome in outcomes:
                     self.report.count_outcome(outcome)
-                    bar.set_postfix_str(f"${self.report.cost_usd:.4f}", refresh=False)
+                    bar.set_postfix_str(self.report.spent(), refresh=False)
                     bar.update()
                     yield outcome
 

@@ -57,7 +57,11 @@ class Connection:
             body = response.content.decode()
         except UnicodeDecodeError as error:
             raise Fault("bad_json", f"not UTF-8 ({error.reason})", may_be_paid=True) from error
-        return read_reply(request, body, self._endpoint.accept_models)
+        try:
+            return read_reply(request, body, self._endpoint.accept_models)
+        except Fault as fault:  # some servers repeat what they were sent
+            fault.detail = self._describe(fault.detail)
+            raise
 
     def close(self) -> None:
         """Closes what is open."""

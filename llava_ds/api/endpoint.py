@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from llava_ds.errors import ConfigError
 
 OPENAI_URL = "https://api.openai.com/v1"
+_KEY = re.compile(r"[!#-&(-\[\]-~]*")
+"""Printable ASCII. Quotes and backslashes would be written in other ways where an answer repeats the key, and no longer
+be found and blotted out."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Endpoint:
     ``api_key_env`` names the environment variable with the key; a local server needs none. ``accept_models`` are names
     under which the server may answer beside the one that was asked. ``timeout_s`` is the longest silence of a call.
 
-    Raises ConfigError when ``base_url`` is none.
+    Raises ConfigError when ``base_url`` is no address.
     """
 
     base_url: str = OPENAI_URL
@@ -27,7 +31,13 @@ class Endpoint:
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
+        try:
+            parts = urlsplit(self.base_url)
+            _ = parts.port
+        except ValueError:  # neither it nor the address is told: what stands before the host may be a password
+            raise ConfigError(
+                "--base-url is no address: its host or port cannot be read; give one such as http://127.0.0.1:8000/v1"
+            ) from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{self.public_url!r} is no address; give one such as http://127.0.0.1:8000/v1")
 
@@ -40,9 +50,14 @@ class Endpoint:
     def read_key(self) -> str:
         """The API key; empty where the environment has none.
 
-        Raises ConfigError when OpenAI itself would be asked without one.
+        Raises ConfigError when it cannot be a key, or OpenAI itself would be asked without one.
         """
         key = os.environ.get(self.api_key_env, "").strip()
+        if not _KEY.fullmatch(key):
+            raise ConfigError(
+                f"the environment variable {self.api_key_env} holds no key: among its {len(key)} characters "
+                "are quotes, backslashes, line breaks, white space or characters beyond ASCII; set it to the key alone"
+            )
         if not key and urlsplit(self.base_url).hostname == urlsplit(OPENAI_URL).hostname:
             raise ConfigError(
                 f"{self.public_url} takes a key, and the environment variable {self.api_key_env} is not set: set it, "

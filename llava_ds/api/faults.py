@@ -11,14 +11,16 @@ from llava_ds.api.tokens import Tokens
 
 Ends = Literal["try", "request", "run"]
 _RETRYABLE = {408, 409, 429}
-_WRONG_ENDPOINT = {401, 403, 404}
+_WRONG_ENDPOINT = {401, 402, 403, 404}
+_MAY_BE_PAID = {408, 502, 504}
+"""From a server in between, which no longer waits for the one that answers."""
 
 
 class Fault(Exception):
     """A call without an acceptable reply.
 
-    ``kind`` is what reports count by: ``http_429``, ``timeout``, ``connection``, ``bad_json``, ``wrong_model``,
-    ``empty_reply``. ``ends`` says what it ends: this try, this request, or the run. ``paid`` are the tokens of a reply
+    ``kind`` is what reports count by: ``http_429``, ``timeout``, ``connection``, ``bad_json``,
+    ``wrong_model``. ``ends`` says what it ends: this try, this request, or the run. ``paid`` are the tokens of a reply
     that came and is of no use; ``may_be_paid``: the server may have answered, and nobody knows.
     """
 
@@ -31,9 +33,12 @@ class Fault(Exception):
         paid: Tokens | None = None,
         may_be_paid: bool = False,
     ) -> None:
-        super().__init__(f"{kind}: {detail}")
+        super().__init__(kind, detail)
         self.kind, self.detail, self.ends = kind, detail, ends
         self.retry_after_s, self.paid, self.may_be_paid = retry_after_s, paid, may_be_paid
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}"
 
 
 class NoReply(Exception):
@@ -47,7 +52,7 @@ def http_fault(status: int, names: Collection[str | None], detail: str, headers:
         ends = "run"
     elif status in _RETRYABLE or status >= 500:
         ends = "try"
-    return Fault(f"http_{status}", detail, ends, retry_after_s=read_retry_after(headers))
+    return Fault(f"http_{status}", detail, ends, read_retry_after(headers), may_be_paid=status in _MAY_BE_PAID)
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:

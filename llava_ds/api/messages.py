@@ -13,6 +13,7 @@ from llava_ds.errors import ConfigError
 # The client reads one whole answer a call, and sets these itself; a seed may be left out, but not be another.
 _NOT_EXTRA = ("model", "messages", "stream", "n", "seed")
 _NO_SEED = ("seed", None)
+_LENGTHS = ("max_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class ChatRequest:
     their seed, sent or not: attempts are what a client counts on from ``attempt`` when a reply is refused, and would
     meet those of another repeat.
 
-    Raises ConfigError when ``extra_body`` names a field that is the client's own.
+    Raises ConfigError when ``extra_body`` names a field that is the client's own, or leaves the reply without a longest
+    length, which caps on cost reckon with.
     """
 
     id: str
@@ -51,6 +53,19 @@ class ChatRequest:
         own = [name for name, value in self.extra_body.items() if name in _NOT_EXTRA and (name, value) != _NO_SEED]
         if own:
             raise ConfigError(f"extra_body holds {', '.join(own)}, which the client sets itself; leave that out")
+        lengths = self._lengths()
+        if not lengths or any(type(length) is not int or length < 1 for length in lengths.values()):
+            found = ", ".join(f"{name} {length!r}" for name, length in lengths.items()) or "neither"
+            raise ConfigError(
+                "a request needs max_tokens or max_completion_tokens as a whole number of at least 1, found "
+                f"{found}: a reply without a longest length may cost anything; give extra_body such as "
+                '{"max_tokens": null, "max_completion_tokens": 512}'
+            )
+
+    @property
+    def max_reply_tokens(self) -> int:
+        """The longest reply; of two lengths, the larger one, for servers differ in which they heed."""
+        return max(self._lengths().values())
 
     def body(self) -> dict[str, Any]:
         """All that is sent, as JSON values."""
@@ -64,6 +79,10 @@ class ChatRequest:
             **self.extra_body,
         }
         return {name: value for name, value in fields.items() if value is not None}
+
+    def _lengths(self) -> dict[str, Any]:
+        fields = {"max_tokens": self.max_tokens, **self.extra_body}
+        return {name: fields[name] for name in _LENGTHS if fields.get(name) is not None}
 
     def key(self) -> str:
         """sha256 of all that is sent, and of ``attempt`` and ``seed``, which tell requests apart unsent, too."""

@@ -58,7 +58,7 @@ def open_client(
     if not options.dry_run:
         check_installed()
         endpoint.read_key()
-    prices = Prices(options.price_in or 0.0, options.price_out or 0.0)
+    prices = Prices(options.price_in, options.price_out)
     folder = options.cache or default_cache or cache_folder() / "replies"
     return ChatClient(
         endpoint,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
-from llava_ds.api.budget import Prices
+from llava_ds.api.budget import Prices, format_usd
 from llava_ds.api.faults import Fault
 from llava_ds.api.messages import ChatReply, Outcome
 from llava_ds.api.tokens import Tokens
@@ -16,12 +17,13 @@ class ApiReport:
     """Counts of a client's run; safe from any number of threads.
 
     ``counts``: ``requests`` and ``accepted`` of them; ``calls`` over HTTP, ``paid_calls`` of them that brought a
-    reply, of use or not, and ``lost_calls`` that may have been paid though nothing came (time-outs, cut connections,
-    unreadable bodies); ``from_cache`` replies, ``from_other_endpoint`` of them; ``shared`` replies, asked once for
-    requests that are the same; ``num_estimated`` replies without token counts of the server.
+    reply, of use or not, and ``lost_calls`` that may have been paid though nothing of use came (time-outs, cut
+    connections, unreadable bodies); ``from_cache`` replies, ``from_other_endpoint`` of them; ``shared`` replies, asked
+    once for requests that are the same; ``num_estimated`` replies without token counts of the server.
 
     ``faults`` by kind, ``problems`` of outcomes by kind, ``models`` as the replies name them, ``attempts``: calls of
-    ``check`` by attempt and result. ``paid`` tokens; ``lost`` ones are the bound of the lost calls.
+    ``check`` by attempt and result. ``paid`` tokens; ``lost`` ones are the bound of the lost calls. Costs are None
+    where the prices are not known.
     """
 
     def __init__(self, prices: Prices) -> None:
@@ -35,7 +37,7 @@ class ApiReport:
         self._lock = threading.Lock()
 
     @property
-    def cost_usd(self) -> float:
+    def cost_usd(self) -> float | None:
         """What was paid for sure."""
         return self.prices.cost_usd(self.paid)
 
@@ -87,6 +89,7 @@ class ApiReport:
                 "problems": dict(sorted(self.problems.items())),
                 "models": dict(sorted(self.models.items())),
                 "attempts": {str(attempt): dict(counts) for attempt, counts in sorted(self.attempts.items())},
+                "prices": asdict(self.prices),
                 "prompt_tokens": self.paid.prompt,
                 "completion_tokens": self.paid.completion,
                 "cost_usd": self.prices.cost_usd(self.paid),
@@ -94,13 +97,18 @@ class ApiReport:
                 "max_lost_cost_usd": self.prices.cost_usd(self.lost),
             }
 
+    def spent(self) -> str:
+        """Tokens and cost for people."""
+        return f"{self.paid.prompt} + {self.paid.completion} tokens, {format_usd(self.cost_usd)}"
+
     def summary(self) -> str:
         """A line for people."""
-        counts = self.counts
+        counts, lost_usd = self.counts, self.prices.cost_usd(self.lost)
         faults = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
-        lost = f", and at most ${self.prices.cost_usd(self.lost):.4f} for {counts['lost_calls']} lost calls"
+        lost = f", and at most {sum(self.lost)} tokens, {format_usd(lost_usd)}, for {counts['lost_calls']} lost calls"
+        estimated = f" (estimated for {counts['num_estimated']} replies without token counts)"
         return (
             f"{counts['accepted']} of {counts['requests']} requests answered: {counts['calls']} calls, "
-            f"{counts['from_cache']} replies out of the cache; faults: {faults or 'none'}; {self.paid.prompt} + "
-            f"{self.paid.completion} tokens, ${self.cost_usd:.4f}{lost if counts['lost_calls'] else ''}"
+            f"{counts['from_cache']} replies out of the cache; faults: {faults or 'none'}; {self.spent()}"
+            f"{estimated if counts['num_estimated'] else ''}{lost if counts['lost_calls'] else ''}"
         )

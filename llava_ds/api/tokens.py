@@ -30,21 +30,17 @@ class Tokens(NamedTuple):
 def expected_tokens(request: ChatRequest) -> Tokens:
     """A guess at the prompt, and the longest completion."""
     marks = _TOKENS_PER_MESSAGE * len(request.messages)
-    return Tokens(guess_tokens("".join(message.content for message in request.messages)) + marks, _longest(request))
+    prompt = guess_tokens("".join(message.content for message in request.messages)) + marks
+    return Tokens(prompt, request.max_reply_tokens)
 
 
 def worst_tokens(request: ChatRequest) -> Tokens:
     """A bound: no tokenizer makes more than a token of a byte."""
     num_bytes = sum(len(message.content.encode(errors="replace")) for message in request.messages)
     marks = _TEMPLATE_TOKENS + _TOKENS_PER_MESSAGE * len(request.messages)
-    return Tokens(num_bytes + marks, _longest(request))
+    return Tokens(num_bytes + marks, request.max_reply_tokens)
 
 
 def guess_tokens(text: str) -> int:
     """Tokens of a text, about."""
     return -(-len(text.encode(errors="replace")) // _BYTES_PER_TOKEN)
-
-
-def _longest(request: ChatRequest) -> int:
-    body = request.body()
-    return int(body.get("max_completion_tokens") or body.get("max_tokens") or request.max_tokens)

@@ -19,7 +19,7 @@ from llava_ds.errors import ConfigError
 
 CACHE_FOLDER = "cache"
 DATA_FILE, REJECTS_FILE, PROVENANCE_LINES = "data.json", "rejects.jsonl", "provenance.jsonl"
-_PROVENANCE, _REPORT = "provenance.json", "report.json"
+_PROVENANCE, REPORT_FILE = "provenance.json", "report.json"
 _MAY_GROW = ("num_samples", "max_attempts")
 
 
@@ -52,7 +52,7 @@ class OutputFolder:
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Writes the report, and ``COMPLETE`` if it says that all is done."""
-        self._write_json(_REPORT, report)
+        self._write_json(REPORT_FILE, report)
         if report["is_complete"]:
             replace_file(self.path / COMPLETE_MARKER, "")
 

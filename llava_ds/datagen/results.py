@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llava_ds.api.budget import Prices
 from llava_ds.api.messages import ChatReply, ChatRequest, Outcome
 from llava_ds.api.tokens import Tokens
 from llava_ds.datagen.output import llava_record
@@ -48,8 +47,8 @@ class Result:
             pairs = (Pair(instruction, pairs[0].answer),)
         return llava_record(self.sample.id, self.sample.image.image, pairs)
 
-    def provenance(self, prompt_sha256: str, prices: Prices) -> dict[str, Any]:
-        """Where the sample comes from, and its share of the cost, with that of the replies refused before."""
+    def provenance(self, prompt_sha256: str) -> dict[str, Any]:
+        """Where the sample comes from, and what it took, with the replies refused before."""
         accepted = self.replies[-1]
         tokens = sum_tokens(self.replies)
         return {
@@ -61,7 +60,6 @@ class Result:
             "prompt_sha256": prompt_sha256,
             "prompt_tokens": tokens.prompt,
             "completion_tokens": tokens.completion,
-            "cost_usd": prices.cost_usd(tokens),
         }
 
     def rejects(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llava_ds.api.budget import format_usd
 from llava_ds.api.dry_run import Estimate
 
 _OF_PAIRS = {
@@ -40,11 +41,34 @@ def _lines_of_samples(report: Mapping[str, Any]) -> list[str]:
         if planned
     ]
     lines += [f"refused {count} replies: {reason}" for reason, count in report["refused_replies"].items()]
-    lines += [f"no answer for {count} samples: {problem}" for problem, count in report["open"].items()]
-    lines.append(
-        f"all replies: {report['prompt_tokens']} + {report['completion_tokens']} tokens, ${report['cost_usd']:.4f}; "
-        f"this run paid ${report['this_run']['cost_usd']:.4f} for {report['this_run']['paid_calls']} calls"
-    )
+    lines += [
+        f"no answer for {found['count']} samples: {problem}" + (f", e.g. {found['example']}" if ": " in problem else "")
+        for problem, found in report["open"].items()
+    ]
+    lines.append(f"replies to these samples: {_tokens(report)}")
+    lines.append(f"this run paid {_paid(report['runs'][-1])}")
+    if len(report["runs"]) > 1:
+        lines.append(f"all {len(report['runs'])} runs paid {_paid(report['spent'])}")
     if not report["is_complete"]:
-        lines.append("Unfinished: the same command goes on without paying twice; raise its caps where they ended it.")
+        lines.append(
+            "Unfinished: the same command goes on without paying twice for a reply. Its caps are of one run: it may "
+            "spend as much again."
+        )
+    elif not any(report["produced"].values()):
+        lines.append("No sample is good, and no training can use the file: see the reasons above and in rejects.jsonl.")
     return lines
+
+
+def _tokens(counts: Mapping[str, Any]) -> str:
+    cost = format_usd(counts["cost_usd"])
+    return f"{counts['prompt_tokens']} + {counts['completion_tokens']} tokens, {cost}"
+
+
+def _paid(counts: Mapping[str, Any]) -> str:
+    text = f"for {counts['paid_calls']} calls: {_tokens(counts)}"
+    if counts["num_estimated"]:
+        text += f" (estimated for {counts['num_estimated']} without token counts, which caps take at their worst)"
+    if counts["lost_calls"]:
+        lost = f"{counts['max_lost_tokens']} tokens, {format_usd(counts['max_lost_cost_usd'])}"
+        text += f", and at most {lost}, for {counts['lost_calls']} lost calls"
+    return text

@@ -94,8 +94,8 @@ def test_scenes_through_a_live_model_and_the_doctor(live, prepared):
     written, _ = each_sample_once(out, NUM_LIVE)
     assert len(written) >= MIN_LIVE_ACCEPTED
     report = json.loads((out / "report.json").read_text())
-    assert report["this_run"]["models"] == {MODEL: report["this_run"]["paid_calls"]}
-    assert report["this_run"]["num_estimated"] == 0
+    (this_run,) = report["runs"]
+    assert this_run["models"] == {MODEL: this_run["paid_calls"]} and this_run["num_estimated"] == 0
     kinds = Counter(sample_id.rpartition("-")[2] for sample_id in written)
     assert report["produced"] == kinds and min(kinds.values()) >= 5
     text = run(sys.executable, ROOT / "tools/doctor", out / "data.json", "--image-root", prepared,
@@ -157,7 +157,7 @@ def test_a_thousand_samples_under_faults(live, prompts, tmp_path):
     assert report["refused_replies"]["speaks of captions or boxes"] > 50
     assert sum(report["refused_replies"].values()) == num_refused
 
-    totals, this_run = proxy.totals(), report["this_run"]
+    totals, this_run = proxy.totals(), report["runs"][-1]
     assert not proxy.paid_twice()
     assert totals["good"] == len(written) + num_refused  # each reply was paid once
     assert all(totals[kind] > 10 for kind in FAULTS)

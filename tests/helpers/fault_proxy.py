@@ -18,7 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 FAULTS = ("http_429", "http_500", "timeout", "connection", "bad_json", "wrong_model")
-"""What goes wrong by default; also known: any ``http_NNN``, ``insufficient_quota``, ``no_choices``, ``empty_reply``."""
+"""What goes wrong by default; also known: any ``http_NNN``, ``insufficient_quota``, ``no_choices``, ``login_page``,
+and ``empty_reply``, which is a reply of a model that was cut off before it said anything."""
 PAID_AND_LOST = ("timeout", "connection", "bad_json")
 """Upstream has answered, and the client cannot know what."""
 Answer = Callable[[dict], str | dict]
@@ -187,6 +188,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "connection":
             self._send(status, data, num_bytes=len(data) // 2)
             self.close_connection = True
+        elif kind == "login_page":
+            self._send(200, f"<html>Who is {self.headers['Authorization']}?</html>".encode())
         else:
             self._send(status, _spoil(data, kind))
 

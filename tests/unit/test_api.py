@@ -13,10 +13,10 @@ from llava_ds.api.cache import REPLIES_FILE, ReplyCache
 from llava_ds.api.client import ChatClient
 from llava_ds.api.dry_run import estimate
 from llava_ds.api.endpoint import Endpoint
-from llava_ds.api.faults import read_retry_after
+from llava_ds.api.faults import Fault, read_retry_after
 from llava_ds.api.limits import Limits, Pace
 from llava_ds.api.messages import ChatReply, ChatRequest, Message
-from llava_ds.api.reading import is_same_model
+from llava_ds.api.reading import is_same_model, read_reply
 from llava_ds.api.retries import RetryPolicy
 from llava_ds.api.tokens import Tokens, expected_tokens, worst_tokens
 from llava_ds.errors import ConfigError, DataError
@@ -34,6 +34,12 @@ def make_client(folder, base_url="http://127.0.0.1:9/v1", budget=None, retries=Q
                 log=print, **endpoint):
     endpoint = Endpoint(base_url, timeout_s=timeout_s, **endpoint)
     return ChatClient(endpoint, ReplyCache(folder, log=log), budget or Budget(), Limits(concurrency), retries, log)
+
+
+def reply_body(content="Hi.", **fields) -> dict:
+    """Of a response, without token counts unless ``fields`` hold ``usage``."""
+    choice = {"message": {"content": content}, "finish_reason": "stop"}
+    return {"id": "r", "model": "m", "choices": [choice], **fields}
 
 
 def echo(body: dict) -> str:
@@ -74,10 +80,24 @@ def test_extra_body_may_not_set_what_the_client_sets():
 
 
 @pytest.mark.parametrize(
+    ("extra_body", "found"),
+    [({"max_tokens": None}, "found neither"), ({"max_tokens": -1}, "found max_tokens -1:"),
+     ({"max_tokens": "many"}, "found max_tokens 'many':"), ({"max_tokens": True}, "found max_tokens True:"),
+     ({"max_completion_tokens": 0}, "found max_tokens 8, max_completion_tokens 0:")],
+)
+def test_a_reply_has_a_longest_length(extra_body, found):
+    with pytest.raises(ConfigError, match=found):
+        make_request(extra_body=extra_body)
+    assert worst_tokens(make_request(extra_body={"max_completion_tokens": 7})).completion == 8
+
+
+@pytest.mark.parametrize(
     ("asked", "answered", "same"),
     [("gpt-4", "gpt-4", True), ("gpt-4", "gpt-4-0314", True), ("gpt-4o", "gpt-4o-2024-08-06", True),
      ("gpt-4", "gpt-4o", False), ("gpt-4", "gpt-4-turbo-2024-04-09", False), ("gpt-4-0314", "gpt-4", False),
-     ("gpt-4", "", False), ("a", "b", True)],
+     ("gpt-4", "", False), ("a", "b", True), ("gpt-4", "gpt-4-32k", False), ("gpt-4", "gpt-4-1106-preview", False),
+     ("claude-3", "claude-3-5-sonnet-20240620", False), ("llama-3", "llama-3-8b", False),
+     ("claude-3-opus", "claude-3-opus@20240229", True), ("gemini", "gemini-202401", True)],
 )
 def test_a_model_is_itself_or_a_version_of_it(asked, answered, same):
     assert is_same_model(asked, answered, accept_models=["b"]) is same
@@ -144,6 +164,19 @@ def test_a_file_cut_off_when_it_was_new_is_new(tmp_path, size):
     assert file.read_bytes() == header
 
 
+def test_what_is_no_reply_is_counted_and_asked_again(tmp_path):
+    cache = ReplyCache(tmp_path)
+    cache.put(make_request(), REPLY, "u")
+    cache.close()
+    file = tmp_path / REPLIES_FILE
+    header, line = file.read_text().splitlines()
+    entry = json.loads(line)
+    del entry["base_url"]
+    file.write_text(f"{header}\n{json.dumps(entry)}\n{'[' * 200_000}\n")
+    cut = ReplyCache(tmp_path, writable=False, log=lambda line: None)
+    assert len(cut) == 0 and cut.num_damaged == 2
+
+
 def test_a_foreign_file_is_left_alone(tmp_path):
     (tmp_path / REPLIES_FILE).write_text('{"outputs": {}}\n')
     for _ in range(2):  # the lock is let go, too
@@ -203,6 +236,14 @@ def test_calls_at_one_time_never_exceed_the_cap():
     assert sum(taken) == 975  # the last reservation would have needed 1012
 
 
+def test_costs_are_unknown_without_prices():
+    assert Prices(1.0, 2.0).cost_usd(Tokens(3, 4)) == pytest.approx(11e-6)
+    assert Prices(1.0).cost_usd(Tokens(3, 0)) == pytest.approx(3e-6)
+    assert Prices(0.0, 0.0).cost_usd(Tokens(3, 4)) == Prices().cost_usd(Tokens(0, 0)) == 0.0
+    assert Prices(1.0).cost_usd(Tokens(3, 4)) is None is Prices().cost_usd(Tokens(0, 1))
+    assert not Account(Budget(Prices(1.0), max_cost_usd=5.0)).reserve(Tokens(3, 4))
+
+
 def test_calls_are_spread_over_the_minute():
     clock = [100.0]
     pace = Pace(Limits(requests_per_minute=60, tokens_per_minute=600), now=lambda: clock[0])
@@ -228,15 +269,55 @@ def test_retry_after_in_all_its_forms():
     assert [read_retry_after(headers) for headers in ({}, {"retry-after": "soon"})] == [None, None]
 
 
+# the bodies of responses
+
+
+def test_a_reply_in_parts_is_read():
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}]
+    body = reply_body(parts, usage={"prompt_tokens": 10, "completion_tokens": 2})
+    assert read_reply(make_request(), json.dumps(body)) == (ChatReply("Hi!", "m", "stop", "r", 10, 2), False)
+
+
+def test_a_name_with_half_a_character_can_be_written():
+    body = reply_body("half \ud83d", model="m-0613", id="r\ud83d")
+    body["choices"][0]["finish_reason"] = "\ud83d"
+    reply = read_reply(make_request(), json.dumps(body)).reply
+    assert (reply.text, reply.response_id, reply.finish_reason) == ("half \ud83d", r"r\ud83d", r"\ud83d")
+    with pytest.raises(Fault, match="^wrong_model"):
+        read_reply(make_request(), json.dumps(reply_body(model="m\ud83d")))
+    assert read_reply(make_request(), json.dumps(reply_body(model="m\ud83d")), [r"m\ud83d"]).reply.model == r"m\ud83d"
+
+
+@pytest.mark.parametrize("count", [10**400, -1, True, 1.5, None])
+def test_a_count_that_is_none_is_estimated(count):
+    body = reply_body(usage={"prompt_tokens": count, "completion_tokens": 1})
+    reply, is_estimated = read_reply(make_request(), json.dumps(body))
+    assert is_estimated and (reply.prompt_tokens, reply.completion_tokens) == (3 + 8, 1)
+
+
+@pytest.mark.parametrize("content", [5, {"text": "Hi"}, ["Hi"], [{"type": "text"}]])
+def test_what_cannot_be_read_says_what_it_took(content):
+    for usage, paid in (({"prompt_tokens": 3, "completion_tokens": 4}, (3, 4)), (None, None)):
+        with pytest.raises(Fault, match="^bad_json: ") as raised:
+            read_reply(make_request(), json.dumps(reply_body(content, usage=usage)))
+        assert raised.value.paid == paid and raised.value.may_be_paid
+
+
+def test_a_body_without_end_is_a_fault():
+    with pytest.raises(Fault, match="^bad_json: not JSON"):
+        read_reply(make_request(), "[" * 200_000)
+
+
 # faults over HTTP
 
 
 @pytest.mark.parametrize(
     ("fault", "kind", "paid", "lost"),
-    [("http_429", "http_429", 1, 0), ("http_500", "http_500", 1, 0), ("http_408", "http_408", 1, 0),
-     ("http_409", "http_409", 1, 0), ("http_503", "http_503", 1, 0), ("timeout", "timeout", 1, 1),
-     ("connection", "connection", 1, 1), ("bad_json", "bad_json", 1, 1), ("no_choices", "bad_json", 1, 1),
-     ("wrong_model", "wrong_model", 2, 0), ("empty_reply", "empty_reply", 2, 0)],
+    [("http_429", "http_429", 1, 0), ("http_500", "http_500", 1, 0), ("http_408", "http_408", 1, 1),
+     ("http_409", "http_409", 1, 0), ("http_502", "http_502", 1, 1), ("http_503", "http_503", 1, 0),
+     ("http_504", "http_504", 1, 1), ("timeout", "timeout", 1, 1),
+     ("connection", "connection", 1, 1), ("bad_json", "bad_json", 1, 1), ("no_choices", "bad_json", 2, 0),
+     ("wrong_model", "wrong_model", 2, 0)],
 )
 def test_what_passes_is_tried_again(tmp_path, fault, kind, paid, lost):
     with fault_proxy(echo, fault_frac=1, faults=[fault], max_faults=1) as proxy:
@@ -267,17 +348,43 @@ def test_what_does_not_pass_ends_its_request_only(tmp_path, fault, problem):
     assert client.report.to_json()["problems"] == {problem.partition(":")[0]: len(failed)}
 
 
-@pytest.mark.parametrize("fault", ["http_401", "http_403", "http_404", "insufficient_quota", "wrong_model"])
+@pytest.mark.parametrize(
+    "fault", ["http_401", "http_402", "http_403", "http_404", "insufficient_quota", "wrong_model", "login_page"]
+)
 def test_what_nobody_would_get_ends_the_run(tmp_path, monkeypatch, fault):
     monkeypatch.setenv("SOME_KEY", "sk-secret")
     with fault_proxy(echo, fault_frac=1, faults=[fault]) as proxy:
         with make_client(tmp_path, proxy.base_url, api_key_env="SOME_KEY") as client:
             with pytest.raises(ConfigError, match=proxy.base_url) as error:
                 list(client.ask(make_request(n) for n in range(1000)))
-    assert ("--accept-model" if fault == "wrong_model" else "SOME_KEY") in str(error.value)
+    assert {"wrong_model": "--accept-model", "login_page": "--base-url"}.get(fault, "SOME_KEY") in str(error.value)
     assert "Bearer <key>" in str(error.value) or fault == "wrong_model"
     assert "sk-secret" not in str(error.value) and not any(b"sk-secret" in f.read_bytes() for f in tmp_path.iterdir())
     assert proxy.totals().total() < 50
+
+
+def test_a_reply_without_text_is_paid_once_and_asked_again(tmp_path):
+    def check(request, reply):
+        return None if reply.text else f"empty: {reply.finish_reason}"
+
+    with fault_proxy(echo, fault_frac=1, faults=["empty_reply"]) as proxy:
+        for num_paid in (3, 0):
+            with make_client(tmp_path, proxy.base_url) as client:
+                (outcome,) = client.ask([make_request(seed=7)], check, max_attempts=3)
+            assert outcome.problem == "rejected: empty: length" and len(outcome.rejected) == 3
+            assert (client.report.counts["paid_calls"], client.report.faults) == (num_paid, {})
+    assert len(proxy.answered) == 3  # a seed each
+
+
+def test_caps_take_the_bound_of_a_reply_without_token_counts(tmp_path):
+    requests = [make_request(n) for n in range(9)]
+    worst = sum(worst_tokens(requests[0]))
+    with fault_proxy(lambda body: reply_body()) as proxy:
+        budget = Budget(max_total_tokens=2 * worst)
+        with make_client(tmp_path, proxy.base_url, budget, concurrency=1) as client:
+            outcomes = list(client.ask(requests))
+    assert [outcome.problem for outcome in outcomes] == [None, None, *["budget"] * 7]
+    assert "24 tokens, no prices given (estimated for 2 replies" in client.report.summary().replace("22 + 2", "24")
 
 
 def test_an_endpoint_that_is_not_there_costs_nothing(tmp_path):
@@ -301,8 +408,20 @@ def test_a_key_goes_to_the_endpoint_and_nowhere_else(tmp_path, monkeypatch):
         Endpoint().read_key()
     endpoint = Endpoint("https://user:pass@host:1/v1?api-key=x")
     assert endpoint.public_url == "https://host:1/v1" and endpoint.read_key() == ""
-    with pytest.raises(ConfigError, match="is no address"):
-        Endpoint("localhost:8000")
+    for url in ("localhost:8000", "http://[::1/v1", "http://user:pass@host:99999/v1"):
+        with pytest.raises(ConfigError, match="is no address") as raised:
+            Endpoint(url)
+        assert "pass" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk one", "\u201csk\u201d", '"sk"', "sk-\x7f"])
+def test_what_is_no_key_is_not_told(monkeypatch, key):
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(ConfigError, match="SOME_KEY holds no key") as raised:
+        Endpoint("http://h/v1", "SOME_KEY").read_key()
+    assert "sk" not in str(raised.value)
+    monkeypatch.setenv("SOME_KEY", " sk-Az09_./+=:~\n")
+    assert Endpoint("http://h/v1", "SOME_KEY").read_key() == "sk-Az09_./+=:~"
 
 
 # whole runs

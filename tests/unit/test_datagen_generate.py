@@ -19,23 +19,27 @@ from llava_ds.datagen.plan import PAPER_MIX, plan_samples
 from llava_ds.datagen.prompt_files import OUR_PROMPTS, load_prompts
 from llava_ds.datagen.records import Records
 from llava_ds.datagen.requests import GenerationSettings, build_request
+from llava_ds.datagen.results import result_of
+from llava_ds.datagen.summary import summarize_report
 from llava_ds.errors import ConfigError
 from llava_ds.text.instructions import DETAILED_INSTRUCTIONS, draw_instruction
 from tests.helpers.commands import invoke
 from tests.helpers.data_writer import kind_of, make_images, words_of, write_reply
-from tests.helpers.fault_proxy import body_hash, fault_proxy, response_id
+from tests.helpers.fault_proxy import body_hash, chat_reply, fault_proxy, response_id
 
 IMAGES = make_images(10)
 RECORDS = Records(IMAGES, "abc")
 PROMPTS = load_prompts(OUR_PROMPTS, KINDS)
 SETTINGS = GenerationSettings("m", num_samples=16, seed=5, max_attempts=2)
+PRICES = Prices(1.0, 2.0)
 FILES = ("data.json", "provenance.jsonl", "rejects.jsonl")
 
 
-def run(out: Path, base_url: str, settings=SETTINGS, records=RECORDS, prompts=PROMPTS, concurrency=4, **budget):
+def run(out: Path, base_url: str, settings=SETTINGS, records=RECORDS, prompts=PROMPTS, concurrency=4,
+        prices=PRICES, **budget):
     client = ChatClient(
         Endpoint(base_url, timeout_s=10), ReplyCache(out / "cache", log=lambda _: None),
-        Budget(Prices(1.0, 2.0), **budget), Limits(concurrency), RetryPolicy(first_wait_s=0.01), lambda _: None,
+        Budget(prices, **budget), Limits(concurrency), RetryPolicy(first_wait_s=0.01), lambda _: None,
     )
     with client:
         return generate(records, settings, prompts, client, out)
@@ -79,7 +83,7 @@ def test_files_are_exact(tmp_path):
                 f"<image>\n{draw_instruction(DETAILED_INSTRUCTIONS, 5, sample.id)}", write_reply(request.body())
             ]
         assert line | {"prompt_tokens": 35} == line and line["completion_tokens"] > 30
-        assert line["cost_usd"] == pytest.approx((35 + 2 * line["completion_tokens"]) / 1e6)
+        assert "cost_usd" not in line  # the file is not a function of prices
         assert (line["request_key"], line["attempt"], line["model"]) == (request.key(), 0, "m")
         assert line["response_ids"] == [response_id(body_hash(request.body()))]
         assert line["prompt_sha256"] == PROMPTS[sample.kind.name].sha256
@@ -88,7 +92,9 @@ def test_files_are_exact(tmp_path):
     assert len(list(open_llava_json(tmp_path / "out" / "data.json", tmp_path))) == 16
     assert report["planned"] == report["produced"] == {"conversation": 6, "detail": 2, "complex": 8}
     assert (report["is_complete"], report["prompt_tokens"], report["open"]) == (True, 16 * 35, {})
-    assert report["cost_usd"] == pytest.approx(sum(line["cost_usd"] for line in lines))
+    assert report["completion_tokens"] == sum(line["completion_tokens"] for line in lines)
+    assert report["cost_usd"] == pytest.approx((16 * 35 + 2 * report["completion_tokens"]) / 1e6)
+    assert report["runs"][0]["prices"] == {"prompt_usd_per_million": 1.0, "completion_usd_per_million": 2.0}
 
 
 def test_what_is_sent():
@@ -165,6 +171,33 @@ def test_samples_that_stay_bad(tmp_path):
     )
 
 
+def test_nothing_good_is_said(tmp_path):
+    with fault_proxy(lambda body: "The caption says so.") as proxy:
+        report = run(tmp_path, proxy.base_url, prices=Prices())
+    said = summarize_report(report, tmp_path)
+    assert report["is_complete"] and "No sample is good" in said
+    assert f"this run paid for 32 calls: 1120 + {32 * 4} tokens, no prices given\n" in said
+
+
+def test_what_is_not_known_is_said(tmp_path):
+    def answer(body: dict) -> dict:
+        return {name: value for name, value in chat_reply(write_reply(body), "m").items() if name != "usage"}
+
+    with fault_proxy(answer, fault_frac=1, faults=("http_504",), max_faults=1) as proxy:
+        report = run(tmp_path, proxy.base_url)
+    said = summarize_report(report, tmp_path)
+    assert " (estimated for 16 without token counts, which caps take at their worst), and at most " in said
+    assert "for 16 lost calls" in said and report["spent"]["max_lost_cost_usd"] > report["spent"]["cost_usd"] > 0
+
+
+def test_replies_without_text_are_refused_and_paid_once(tmp_path):
+    with fault_proxy(write_reply, fault_frac=1, faults=("empty_reply",)) as proxy:
+        for num_paid in (32, 0):
+            report = run(tmp_path, proxy.base_url)
+            assert report["refused_replies"] == {"cut off": 32} and report["num_open"] == 0
+            assert (report["runs"][-1]["paid_calls"], report["runs"][-1]["faults"]) == (num_paid, {})
+
+
 def test_the_same_text_twice(tmp_path):
     def answer(body: dict) -> str:
         return write_reply(body | {"messages": body["messages"][:1], "seed": 0})  # one text for a kind
@@ -183,13 +216,16 @@ def test_a_spent_budget_is_told_and_gone_on_from(tmp_path):
         report = run(tmp_path, proxy.base_url, max_total_tokens=6000, concurrency=1)
         num_first = proxy.totals()["good"]
         assert 0 < num_first < 16 and not report["is_complete"]
-        assert report["open"] == {"budget": 16 - num_first}
+        assert report["num_open"] == 16 - num_first
+        assert report["open"] == {"budget": {"count": 16 - num_first, "example": "budget"}}
         assert len(json.loads((tmp_path / "data.json").read_text())) == num_first
         assert not (tmp_path / "COMPLETE").exists()
         assert read_lines(tmp_path / "rejects.jsonl") == []
         report = run(tmp_path, proxy.base_url)
         assert report["is_complete"] and report["produced"] == report["planned"]
-        assert report["this_run"]["paid_calls"] == 16 - num_first
+        assert [run["paid_calls"] for run in report["runs"]] == [num_first, 16 - num_first]
+        assert report["spent"]["prompt_tokens"] == 16 * 35
+        assert report["spent"]["cost_usd"] == pytest.approx(report["cost_usd"])
         assert proxy.totals() == {"good": 16} and not proxy.paid_twice()
         assert (tmp_path / "COMPLETE").exists()
 
@@ -198,7 +234,8 @@ def test_a_request_that_the_endpoint_refuses_stays_open(tmp_path):
     with fault_proxy(write_reply, fault_frac=1.0, faults=("http_400",)) as proxy:
         report = run(tmp_path, proxy.base_url)
     assert not report["is_complete"] and report["produced"] == dict.fromkeys(KINDS, 0)
-    assert sum(report["open"].values()) == 16 and "http_400" in str(report["open"])
+    assert report["num_open"] == report["open"]["refused: http_400"]["count"] == 16 and len(report["open"]) == 1
+    assert "made to fail with http_400" in report["open"]["refused: http_400"]["example"]
     assert json.loads((tmp_path / "data.json").read_text()) == []
     assert len(read_lines(tmp_path / "rejects.jsonl")) == 16
 
@@ -207,13 +244,55 @@ def test_a_second_run(tmp_path):
     with fault_proxy(write_reply) as proxy:
         run(tmp_path, proxy.base_url)
         before = [(tmp_path / name).read_bytes() for name in FILES]
-        run(tmp_path, proxy.base_url)
+        free = run(tmp_path, proxy.base_url, prices=Prices())
         assert [(tmp_path / name).read_bytes() for name in FILES] == before
+        assert free["cost_usd"] is None and free["runs"][1]["cost_usd"] == 0.0  # it paid nothing, whatever the price
+        assert free["spent"]["cost_usd"] == free["runs"][0]["cost_usd"] > 0
         more = run(tmp_path, proxy.base_url, GenerationSettings("m", num_samples=19, seed=5, max_attempts=3))
         assert proxy.totals()["good"] == 19 and not proxy.paid_twice()
     assert sum(more["produced"].values()) == 19
     ids = [record["id"] for record in json.loads((tmp_path / "data.json").read_text())]
     assert ids == [sample.id for sample in plan_samples(IMAGES, PAPER_MIX, 19, 5)]
+
+
+def test_what_faults_cost_is_not_forgotten(tmp_path):
+    with fault_proxy(write_reply, fault_frac=1, faults=("wrong_model",), max_faults=1) as proxy:
+        first = run(tmp_path, proxy.base_url)
+        report = run(tmp_path, proxy.base_url)
+    assert [run["paid_calls"] for run in report["runs"]] == [32, 0]
+    assert report["runs"][0] == first["runs"][0] and report["spent"] == first["spent"]
+    assert report["prompt_tokens"] == 16 * 35 and report["spent"]["prompt_tokens"] == 32 * 35
+    (tmp_path / "report.json").write_text('{"runs": [{}]}')
+    with pytest.raises(ConfigError, match=r"report.json cannot be read .*without what earlier runs paid"):
+        run(tmp_path, "http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ConfigError])
+def test_a_run_that_ends_early_leaves_what_it_paid(tmp_path, monkeypatch, error):
+    asked = []
+
+    def result_of_three(sample, outcome):
+        asked.append(sample.id)
+        if len(asked) == 3:
+            raise error
+        return result_of(sample, outcome)
+
+    with fault_proxy(write_reply) as proxy:
+        before = run(tmp_path, proxy.base_url, GenerationSettings("m", num_samples=10, seed=5, max_attempts=2))
+        monkeypatch.setattr("llava_ds.datagen.generate.result_of", result_of_three)
+        with pytest.raises(error):
+            run(tmp_path, proxy.base_url)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not report["is_complete"] and not (tmp_path / "COMPLETE").exists()
+    assert len(report["runs"]) == 2 and report["runs"][0] == before["runs"][0]
+    assert report["spent"]["calls"] == 10 + report["runs"][1]["calls"]
+
+
+def test_a_body_that_no_request_may_have_binds_no_folder(tmp_path):
+    settings = GenerationSettings("m", extra_body={"max_tokens": None})
+    with pytest.raises(ConfigError, match="needs max_tokens"):
+        run(tmp_path, "http://127.0.0.1:9/v1", settings)
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
 
 
 def test_a_run_with_other_settings_is_refused(tmp_path):
