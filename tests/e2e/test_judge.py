@@ -212,7 +212,8 @@ def test_any_reply_can_be_written_and_is_written_once_more(tmp_path):
     files = write_bench(tmp_path, 3)
     with fault_proxy(lambda body: chat_reply("8 9\n\ud83d half", "judge-1\ud83d")) as judge:
         for num_calls in (6, 6):
-            done = _run(files, judge, tmp_path, "--markdown", str(tmp_path / "table.md"))
+            options = ("--accept-model", r"judge-1\ud83d", "--markdown", tmp_path / "table.md")
+            done = _run(files, judge, tmp_path, *options)
             assert done.exit_code == 0 and judge.totals() == {"good": num_calls}
     assert {one["text"] for one in _report(tmp_path)["judgements"]["ours"]} == {"8 9\n\ud83d half"}
     assert all("answered as judge-1\\ud83d" in text for text in (done.output, (tmp_path / "table.md").read_text()))
