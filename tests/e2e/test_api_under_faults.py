@@ -85,7 +85,9 @@ def test_a_thousand_requests_under_faults(recording, tmp_path):
 
 def ask_in_a_process(folder: Path, base_url: str, count: int) -> subprocess.Popen:
     code = (
-        "import sys; from pathlib import Path; from tests.e2e.test_api_under_faults import make_client, make_requests\n"
+        # What starts the tests in the background may have told their processes to ignore Ctrl-C.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path; from tests.e2e.test_api_under_faults import make_client, make_requests\n"
         "with make_client(Path(sys.argv[1]), sys.argv[2]) as client:\n"
         "    for _ in client.ask(make_requests(int(sys.argv[3]))): pass\n"
     )

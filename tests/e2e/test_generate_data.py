@@ -79,7 +79,7 @@ def live(prepared, prompts, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("live")
     scenes = folder / "scenes.jsonl"
     scenes.write_bytes((prepared / "scenes.jsonl").read_bytes())
-    with serve_chat() as upstream, fault_proxy(upstream, record=folder / "replies.jsonl") as proxy:
+    with serve_chat(num_threads=2) as upstream, fault_proxy(upstream, record=folder / "replies.jsonl") as proxy:
         print(run(*command(
             scenes, folder / "out", proxy.base_url, "--prompts", prompts, "--num-samples", NUM_LIVE, "--reply-grammar",
             "--concurrency", 2, "--max-tokens", 400, "--timeout-s", 600,
@@ -117,7 +117,8 @@ def test_stage_2_trains_on_it(live, prepared, tmp_path):
         *(part for name, value in settings.items() for part in ("--set", f"{name}={value}")),
     )
     metrics = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
-    assert len(metrics) == 3 and all(0 < line["loss"] < 20 for line in metrics)
+    # The first step's rate is 0 and the second meets the same weights: only the third has learned.
+    assert len(metrics) == 3 and 0 < metrics[2]["loss"] < min(metrics[0]["loss"], metrics[1]["loss"])
     assert list((tmp_path / "run/checkpoints").glob("step-*/COMPLETE"))
 
 
