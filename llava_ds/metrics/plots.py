@@ -21,6 +21,7 @@ def plot_loss(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
         if steps:
             axes.plot(steps, losses, "o--", color=line.get_color(), markersize=4, linewidth=1, alpha=0.7,
                       label=f"{name}, held out")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per supervised token")
     axes.grid(alpha=0.3)
