@@ -23,5 +23,5 @@ after generate "${one[@]}" LLAVA_GPUS_PER_NODE="${LLAVA_GPUS_OF_SMALL_JOBS-}"
 after stage1 LLAVA_CHAIN=1
 after stage2
 after merge "${one[@]}" LLAVA_GPUS_PER_NODE="${LLAVA_GPUS_OF_SMALL_JOBS-}"
-after evaluate
+after evaluate LLAVA_EVALUATE= # of what it merged
 echo "tools/jobs $LLAVA_RUNS shows how they go"

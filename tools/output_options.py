@@ -15,8 +15,10 @@ def in_a_folder(_context: click.Context, _option: click.Parameter, file: Path | 
     return file
 
 
-def check_apart(json_file: Path | None, others: Mapping[str, Path | None]) -> None:
-    """Raises ConfigError when ``--json`` names the file of another option, which it would replace."""
-    for option, file in others.items():
-        if json_file and file and json_file.resolve() == file.resolve():
-            raise ConfigError(f"{option} and --json are one file, {json_file}; give --json another")
+def check_apart(written: Mapping[str, Path | None], read: Mapping[str, Path | None]) -> None:
+    """Raises ConfigError when a file by option that is written is another one's, too, which it would replace."""
+    others = {file.resolve(): option for option, file in read.items() if file}
+    for option, file in written.items():
+        other = others.setdefault(file.resolve(), option) if file else option
+        if other != option:
+            raise ConfigError(f"{other} and {option} are one file, {file}; give {option} another")

@@ -22,6 +22,8 @@ from llava_ds.errors import ConfigError
 _NOTHING = Tokens(0, 0)
 _NO_MODEL = {"wrong_model", "bad_json"}
 """Faults that another model answers with, a login page, or what is no chat endpoint."""
+_MOST_USELESS = 3
+"""Requests that meet these before the endpoint is given up: a gateway may have one odd answer to one odd request."""
 
 
 class Stopped(Exception):
@@ -39,6 +41,7 @@ class Caller:
         self._pace, self._retries, self._report, self._stop = pace, retries, report, stop
         self._in_flight: dict[str, Future[ChatReply]] = {}
         self._mutex = threading.Lock()
+        self._num_useless = 0
 
     def reply_to(self, request: ChatRequest) -> ChatReply:
         """The reply, on disk on return.
@@ -131,9 +134,12 @@ class Caller:
     def _given_up(self, faults: list[Fault]) -> Exception:
         problem = f"{faults[-1]} (try {len(faults)})"
         # An endpoint that never answers as the model would be paid for every try of every request.
-        if {fault.kind for fault in faults} <= _NO_MODEL and not self._report.models:
-            return ConfigError(
-                f"{self._endpoint.public_url}: {problem}.\n  No reply of use has come from there: check --base-url and "
-                "--model."
-            )
+        if {fault.kind for fault in faults} <= _NO_MODEL and not self._report.has_replies:
+            with self._mutex:
+                self._num_useless += 1
+            if faults[-1].kind == "wrong_model" or self._num_useless >= _MOST_USELESS:
+                return ConfigError(
+                    f"{self._endpoint.public_url}: {problem}.\n  No reply of use has come from there: check --base-url "
+                    "and --model."
+                )
         return NoReply(f"gave up: {problem}")

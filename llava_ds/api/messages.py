@@ -85,8 +85,11 @@ class ChatRequest:
         return {name: fields[name] for name in _LENGTHS if fields.get(name) is not None}
 
     def key(self) -> str:
-        """sha256 of all that is sent, and of ``attempt`` and ``seed``, which tell requests apart unsent, too."""
-        parts = {"body": self.body(), "attempt": self.attempt, "seed": self.seed}
+        """sha256 of all that is sent, of ``attempt``, and of a ``seed`` that is left out: it tells requests apart."""
+        body = self.body()
+        parts: dict[str, Any] = {"body": body, "attempt": self.attempt}
+        if self.seed is not None and "seed" not in body:
+            parts["seed"] = self.seed
         text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 

@@ -37,6 +37,11 @@ class ApiReport:
         self._lock = threading.Lock()
 
     @property
+    def has_replies(self) -> bool:
+        """Whether the endpoint has given a reply of use, now or to the run that filled the cache."""
+        return bool(self.models) or self.counts["from_cache"] > self.counts["from_other_endpoint"]
+
+    @property
     def cost_usd(self) -> float | None:
         """What was paid for sure."""
         return self.prices.cost_usd(self.paid)

@@ -29,13 +29,18 @@ class Pair:
     answer: str
 
 
+def without_thoughts(text: str) -> str:
+    """What a model replies when it has thought, with line ends as in files."""
+    return _THOUGHTS.sub("", text.replace("\r\n", "\n")).strip()
+
+
 def parse_reply(kind: Kind, text: str) -> tuple[Pair, ...]:
     """The pairs of ``Question:\\n...\\n===\\nAnswer:\\n...\\n===\\n...``, or one without a question of plain text.
 
     What a reasoning model thinks before it answers (``<think>...</think>``) is no part of the reply.
     Raises DataError that says what breaks the form.
     """
-    text = _THOUGHTS.sub("", text).strip()
+    text = without_thoughts(text)
     if not text:
         raise DataError("the reply is empty")
     if not kind.asks:

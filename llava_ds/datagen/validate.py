@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from llava_ds.datagen.kinds import Kind
 from llava_ds.datagen.records import Instance
-from llava_ds.datagen.reply import Pair, parse_reply
+from llava_ds.datagen.reply import Pair, parse_reply, without_thoughts
 from llava_ds.errors import DataError
 
 
@@ -92,7 +92,7 @@ def find_fault(kind: Kind, text: str, finish_reason: str, instances: Iterable[In
         return "cut off: it reached max_tokens"
     if finish_reason == "content_filter":
         return "cut off: by the endpoint's content filter"
-    if found := _NO_TEXT.search(text):
+    if found := _NO_TEXT.search(without_thoughts(text)):
         return f"holds a character that is no text: {found[0]!r}"
     try:
         pairs = parse_reply(kind, text)

@@ -224,7 +224,8 @@ def _text_beside(text: str, end: int, letters: set[int], choices: Sequence[str])
     if len(letters) != 1:
         return set()
     bare = _BARE.match(text, end)
-    if bare and bare["letter"].upper() not in [choices[own].strip().upper() for own in letters if own < len(choices)]:
+    own = [choices[number].strip("()[]\"'*. ").upper() for number in letters if number < len(choices)]
+    if bare and bare["letter"].upper() not in own:
         return {_index(bare["letter"])}
     beside = _choice_after(text, end, choices, skip=".:,;)-–— \t\n")
     return set() if beside is None else {beside}

@@ -85,7 +85,7 @@ def ask_all(client: ChatClient, requests: Sequence[ChatRequest]) -> list[ChatRep
     Raises BackendUnavailableError that counts the requests without one by what went wrong; the replies that came are in
     the cache.
     """
-    outcomes = {outcome.request.id: outcome for outcome in client.ask(requests)}
+    outcomes = {outcome.request.id: outcome for outcome in client.ask(requests, _refuse_cut_off)}
     replies = [reply for request in requests if (reply := outcomes[request.id].reply)]
     if len(replies) < len(requests):
         ids: dict[str, list[str]] = defaultdict(list)
@@ -96,13 +96,21 @@ def ask_all(client: ChatClient, requests: Sequence[ChatRequest]) -> list[ChatRep
             f"  {problem} ({len(lost)}, the first: {', '.join(lost[:3])})"
             for problem, lost in sorted(ids.items(), key=lambda item: -len(item[1]))
         ]
-        if any(problem.startswith("refused") for problem in ids):
+        is_final = [problem.startswith(("refused", "rejected")) for problem in ids]
+        if any(is_final):
             lines.append("  What is refused is refused again: change these problems or options, or ask another model.")
-        if not all(problem.startswith("refused") for problem in ids):
+        if not all(is_final):
             lines.append("  Run the same command again: the replies that came are kept, and only the others are asked.")
         head = f"{len(requests) - len(replies)} of {len(requests)} requests have no reply:"
         raise BackendUnavailableError("\n".join([head, *lines]))
     return replies
+
+
+def _refuse_cut_off(_request: ChatRequest, reply: ChatReply) -> str | None:
+    """Of a model that thinks first and came to no answer, nothing can be scored."""
+    if reply.text or reply.finish_reason == "stop":
+        return None
+    return f"no text, ended by {reply.finish_reason!r} after {reply.completion_tokens} tokens"
 
 
 def _question(problem: Any, pid: str) -> str:

@@ -205,6 +205,8 @@ def test_nothing_is_asked_when_files_do_not_fit_or_for_a_dry_run(tmp_path):
     assert _run(files, None, tmp_path).exit_code == 2
     done = _run(files, judge, tmp_path, "--json", files["ours"])
     assert done.exit_code == 2 and f"--answers {files['ours']} and --json are one file" in done.output
+    done = _run(files, judge, tmp_path, "--markdown", tmp_path / "out.json")
+    assert done.exit_code == 2 and "--json and --markdown are one file" in done.output
     assert "there is no folder" in _run(files, judge, tmp_path, "--json", str(tmp_path / "no" / "out.json")).output
 
 
@@ -274,6 +276,8 @@ def test_official_reviews_are_summed_up(tmp_path):
     path = write_rows(tmp_path / "reviews.jsonl", rows)
     done = invoke("judge", "--official-reviews", path, "--json", tmp_path / "out.json")
     assert done.exit_code == 0 and "1 of them failed, 1 of these could be read after all" in done.output
+    same = invoke("judge", "--official-reviews", path, "--json", path)
+    assert same.exit_code == 2 and "are one file" in same.output and len(read_rows(path)) == 2
     assert _report(tmp_path)["reviews"][0]["scores"]["all"]["relative"] == 75
 
 

@@ -363,6 +363,24 @@ def test_what_nobody_would_get_ends_the_run(tmp_path, monkeypatch, fault):
     assert proxy.totals().total() < 50
 
 
+def test_an_odd_answer_to_an_odd_request_does_not_end_the_run(tmp_path):
+    """Not the first of a run, either, nor one of a run whose other replies are in the cache."""
+
+    def answer(body: dict) -> dict | str:
+        return {"error": "moderated"} if body["messages"][-1]["content"] == "Question 0?" else "Fine."
+
+    with fault_proxy(answer) as proxy:
+        for num_paid in (3, 0):
+            with make_client(tmp_path, proxy.base_url, concurrency=1) as client:
+                outcomes = list(client.ask([make_request(n) for n in range(4)]))
+            assert [bool(outcome.reply) for outcome in outcomes] == [False, True, True, True]
+            assert outcomes[0].problem.startswith("gave up: bad_json: ")
+            assert client.report.counts["paid_calls"] == num_paid
+        with make_client(tmp_path, proxy.base_url, concurrency=1) as client:
+            outcomes = list(client.ask([make_request(n) for n in (1, 0)] + [make_request(0, seed=n) for n in range(5)]))
+    assert [bool(outcome.reply) for outcome in outcomes] == [True] + [False] * 6
+
+
 def test_a_reply_without_text_is_paid_once_and_asked_again(tmp_path):
     def check(request, reply):
         return None if reply.text else f"empty: {reply.finish_reason}"

@@ -84,7 +84,7 @@ def test_what_is_no_plain_description(text):
 
 def test_thoughts_are_no_part_of_a_description():
     assert parse_reply(DETAIL, f"<think>\n**A cat**\n\n</think>\n\n{LONG}") == (Pair("", LONG),)
-    assert find_fault(DETAIL, f"<think>Hm.</think>\n\n{LONG}", "stop", ()) is None
+    assert find_fault(DETAIL, f"<think>Hm.\x1b</think>\n\n{LONG}", "stop", ()) is None
     for text in (f"{LONG} </think> {LONG}", f"<think> {LONG}", f"{LONG}<think>Hm.</think>"):
         assert (find_fault(DETAIL, text, "stop", ()) or "").startswith("holds a placeholder or special token: ")
 
@@ -93,7 +93,8 @@ def test_thoughts_are_no_part_of_a_description():
 def test_characters_that_are_no_text(character):
     for kind, text in ((DETAIL, f"{LONG}{character} It is day."), (CONVERSATION, TALK.replace("cat", character))):
         assert find_fault(kind, text, "stop", ()) == f"holds a character that is no text: {character!r}"
-    assert find_fault(DETAIL, f"{LONG}\n\n\tTwo \U0001f600 faces.", "stop", ()) is None
+    assert find_fault(DETAIL, f"{LONG}\r\n\n\tTwo \U0001f600 faces.", "stop", ()) is None
+    assert parse_reply(CONVERSATION, TALK.replace("\n", "\r\n")) == parse_reply(CONVERSATION, TALK)
 
 
 def fault(answer: str, question: str = "What is in the picture?") -> str | None:

@@ -129,6 +129,13 @@ def test_a_letter_may_be_a_choice_s_text():
     assert extract_answer("B. w", ["w", "x"]) == Answer(-1, SEVERAL_LETTERS)
 
 
+@pytest.mark.parametrize("form", ["{}", "{}.", "({})", '"{}"', "*{}*"])
+def test_a_choice_that_is_a_letter_in_signs_beside_its_own_letter(form):
+    choices = [form.format("x"), "y"]
+    assert extract_answer(f"A. {choices[0]}", choices) == Answer(0)
+    assert extract_answer("A. x", choices) == Answer(0)
+
+
 def test_without_choices_five_letters_count():
     assert [extract_answer(letter).index for letter in "ABCDEF"] == [0, 1, 2, 3, 4, -1]
     assert extract_answer("a stone") == Answer(-1, NO_LETTER)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llava_ds.api.messages import ChatRequest, Outcome
+from llava_ds.api.messages import ChatReply, ChatRequest, Outcome
 from llava_ds.errors import BackendUnavailableError, ConfigError, DataError
 from llava_ds.evaluation.scienceqa_answers import MISSING, NO_LETTER, OUT_OF_RANGE, REASONS, Answer
 from llava_ds.evaluation.scienceqa_columns import COLUMNS, PAPER_ROWS, format_table, read_problems
@@ -164,13 +164,17 @@ SECOND = {"both": Answer(0), "differ": Answer(1), "lost": Answer(1), "first": NO
 class _Refusing:
     """A client of an endpoint that takes nothing but the last request."""
 
-    def ask(self, requests):
+    def ask(self, requests, check):
+        for text, reason, is_fit in (("", "stop", True), ("A", "length", True), ("", "length", False)):
+            assert (check(requests[0], ChatReply(text, "m", reason, "1", 9, 7)) is None) == is_fit
         for request in requests[:-1]:
             yield Outcome(request, None, "refused: too long")
         yield Outcome(requests[-1], None, self.last)
 
 
-@pytest.mark.parametrize(("last", "again"), [("refused: too long", False), ("budget", True)])
+@pytest.mark.parametrize(
+    ("last", "again"), [("refused: too long", False), ("rejected: no text", False), ("budget", True)]
+)
 def test_what_is_refused_is_named_and_not_asked_again(last, again):
     client, requests = _Refusing(), [ChatRequest(str(number), "m", (), 1) for number in range(5)]
     client.last = last
@@ -179,7 +183,7 @@ def test_what_is_refused_is_named_and_not_asked_again(last, again):
     lines = str(raised.value).splitlines()
     assert lines[:2] == [
         "5 of 5 requests have no reply:",
-        f"  refused: too long ({5 - again}, the first: 0, 1, 2)",
+        f"  refused: too long ({4 + (last == 'refused: too long')}, the first: 0, 1, 2)",
     ]
     assert "refused again" in str(raised.value) and ("Run the same command again" in str(raised.value)) == again
 

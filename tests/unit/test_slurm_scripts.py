@@ -158,7 +158,9 @@ def test_a_task_has_its_own_scores_and_another_checkpoint_may_be_named(tmp_path)
     assert evaluate() == f"{runs}/merged --predictions {runs}/predictions.jsonl --json {runs}/scores.json"
     assert evaluate() == f"{runs}/scores.json is there already; remove it to do this again\n"
     own = f"--predictions {runs}/predictions-scienceqa.jsonl --json {runs}/scores-scienceqa.json"
-    options = ["--task", "scienceqa", "--data", "d"]
-    assert evaluate(*options, LLAVA_EVALUATE="other") == f"other {own} --task scienceqa --data d"
-    (runs / "scores-scienceqa.json").unlink()
     assert evaluate("--task=scienceqa") == f"{runs}/merged {own} --task=scienceqa"
+    own = own.replace("-scienceqa", "-other-scienceqa")
+    options = ["--task", "scienceqa", "--data", "d"]
+    assert evaluate(*options, LLAVA_EVALUATE="x/other") == f"x/other {own} --task scienceqa --data d"
+    own = f"--predictions {runs}/predictions-b.jsonl --json {runs}/scores-b.json"
+    assert evaluate(LLAVA_EVALUATE="x/b") == f"x/b {own}"
