@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
+SLOW_TESTS ?= tests
 
 .PHONY: install quickstart test slow-test checkpoint-test kernel-test slurm-test lmms-eval-test lint clean
 
@@ -22,7 +23,7 @@ test: install
 	$(BIN)/python -m pytest
 
 slow-test: install
-	$(BIN)/python -m pytest -m slow --ignore tests/checkpoints
+	$(BIN)/python -m pytest -m slow --ignore tests/checkpoints $(SLOW_TESTS)
 
 checkpoint-test: install
 	$(BIN)/python -m pytest -m slow tests/checkpoints
