@@ -196,7 +196,6 @@ def measure_phrases(captions: Sequence[str], spacy_model: str, count: int) -> di
     return {
         "spacy_captions_per_s": round(count / spacy_s),
         "filter_captions_per_s": round(count / (time.perf_counter() - begin)),
-        "spacy_captions_million_hours": round(1e6 * spacy_s / count / 3600, 2),
     }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_ds.data.sources.llava_json import is_number
 from llava_ds.datagen.records import (
     AnnotatedImage,
     BadRecords,
@@ -17,7 +18,6 @@ from llava_ds.datagen.records import (
     Records,
     check_new,
     check_some,
-    is_number,
     one_line,
     parse_box,
     parse_path,

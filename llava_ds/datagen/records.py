@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from llava_ds.data.sources.jsonl import open_jsonl, parse_line
-from llava_ds.data.sources.llava_json import check_unicode
+from llava_ds.data.sources.llava_json import check_unicode, is_number
 from llava_ds.errors import DataError
 
 OnBadRecord = Literal["error", "skip"]
@@ -143,11 +142,6 @@ def parse_box(box: Any, where: str) -> Box:
             "'bbox' is empty or leaves the image",
         )
     return left, top, right, bottom
-
-
-def is_number(value: Any) -> bool:
-    """An int or float that is finite as a float; a bool is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_new(image_id: str, seen: set[str], where: str) -> None:

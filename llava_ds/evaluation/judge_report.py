@@ -54,8 +54,8 @@ def build_report(
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
-    """Writes it as JSON, whole or not at all; in ASCII, as a reply may hold half a surrogate pair."""
-    replace_file(path, json.dumps(report, indent=1) + "\n")
+    """Writes it as JSON, whole or not at all."""
+    replace_file(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def is_complete(report: dict[str, Any]) -> bool:

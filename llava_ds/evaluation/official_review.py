@@ -6,7 +6,6 @@ Sources: haotian-liu/LLaVA c121f04, llava/eval/eval_gpt_review_visual.py (``pars
 from __future__ import annotations
 
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llava_ds.data.sources.llava_json import is_number
 from llava_ds.errors import DataError
 from llava_ds.evaluation.judge_parsing import MAX_SCORE, MIN_SCORE, parse_scores
 from llava_ds.evaluation.question_rows import Row, read_id, read_rows
@@ -106,14 +106,9 @@ def _category(row: Row) -> str | None:
 
 def _stored_pair(row: Row) -> Pair:
     pair = row.record.get("tuple", row.record.get("score"))
-    if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_number, pair)):
+    if not isinstance(pair, list) or len(pair) != 2 or not all(map(is_number, pair)):
         raise DataError(f"{row.where}: expected 'tuple' (or 'score') with two finite numbers, got {pair!r:.80}")
     return float(pair[0]), float(pair[1])
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max  # an integer of JSON may be more than a float holds
 
 
 def _is_valid(pair: Pair) -> bool:

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from llava_ds.durable import replace_file
 from llava_ds.errors import ConfigError, DataError
-from llava_ds.evaluation.question_rows import read_rows
+from llava_ds.evaluation.question_rows import read_id, read_rows
 
 
 class PredictionFile:
@@ -119,14 +119,14 @@ def parse_answer(record: Any, place: str) -> tuple[str, str]:
     """Id and text of ``{"id" or "question_id", "text"}``. Raises DataError that begins with ``place``."""
     if not isinstance(record, dict):
         raise DataError(f"{place}: expected an object, got {type(record).__name__}")
-    ids = {key: record[key] for key in ("id", "question_id") if key in record}
-    if not ids or not all(isinstance(id, str | int) and not isinstance(id, bool) for id in ids.values()):
-        raise DataError(f"{place}: 'id' or 'question_id' must be text or a number, got {ids or None!r:.80}")
-    if len(names := {str(id) for id in ids.values()}) > 1:
+    ids = {key: read_id(record, place, key) for key in ("id", "question_id") if key in record}
+    if not ids:
+        raise DataError(f"{place}: has neither 'id' nor 'question_id'")
+    if len(set(ids.values())) > 1:
         raise DataError(f"{place}: 'id' and 'question_id' differ: {ids!r:.80}; keep the one that the problems have")
     if not isinstance(text := record.get("text"), str):
         raise DataError(f"{place}: the answer must be text (it may be empty), got {text!r:.80}")
-    return names.pop(), text
+    return next(iter(ids.values())), text
 
 
 def _read_part(file: Path) -> dict[str, str]:

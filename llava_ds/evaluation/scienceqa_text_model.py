@@ -98,7 +98,7 @@ def ask_all(client: ChatClient, requests: Sequence[ChatRequest]) -> list[ChatRep
         ]
         is_final = [problem.startswith(("refused", "rejected")) for problem in ids]
         if any(is_final):
-            lines.append("  What is refused is refused again: change these problems or options, or ask another model.")
+            lines.append("  What was refused is refused again: change these problems or options, or ask another model.")
         if not all(is_final):
             lines.append("  Run the same command again: the replies that came are kept, and only the others are asked.")
         head = f"{len(requests) - len(replies)} of {len(requests)} requests have no reply:"
@@ -110,7 +110,7 @@ def _refuse_cut_off(_request: ChatRequest, reply: ChatReply) -> str | None:
     """Of a model that thinks first and came to no answer, nothing can be scored."""
     if reply.text or reply.finish_reason == "stop":
         return None
-    return f"no text, ended by {reply.finish_reason!r} after {reply.completion_tokens} tokens"
+    return f"no text, ended by {reply.finish_reason!r}"
 
 
 def _question(problem: Any, pid: str) -> str:

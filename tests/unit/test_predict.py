@@ -186,7 +186,7 @@ NO_ANSWERS = {
     "null": "expected an object, got NoneType",
     '{"id": "1"}': "the answer must be text .*got None",
     '{"id": "1", "text": null}': "the answer must be text .*got None",
-    '{"text": "x"}': "'id' or 'question_id' must be",
+    '{"text": "x"}': "has neither 'id' nor 'question_id'",
     '{"id": "1", "question_id": 2, "text": "x"}': "'id' and 'question_id' differ",
 }
 

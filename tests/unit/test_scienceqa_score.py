@@ -4,7 +4,13 @@ import json
 
 import pytest
 
-from llava_ds.api.messages import ChatReply, ChatRequest, Outcome
+from llava_ds.api.budget import Budget
+from llava_ds.api.cache import ReplyCache
+from llava_ds.api.client import ChatClient
+from llava_ds.api.endpoint import Endpoint
+from llava_ds.api.limits import Limits
+from llava_ds.api.messages import ChatRequest, Message
+from llava_ds.api.retries import RetryPolicy
 from llava_ds.errors import BackendUnavailableError, ConfigError, DataError
 from llava_ds.evaluation.scienceqa_answers import MISSING, NO_LETTER, OUT_OF_RANGE, REASONS, Answer
 from llava_ds.evaluation.scienceqa_columns import COLUMNS, PAPER_ROWS, format_table, read_problems
@@ -12,6 +18,7 @@ from llava_ds.evaluation.scienceqa_ensembles import complement, count_cases, jud
 from llava_ds.evaluation.scienceqa_predictions import Prediction, read_predictions
 from llava_ds.evaluation.scienceqa_score import decide, official_images, summarise, table_row
 from llava_ds.evaluation.scienceqa_text_model import ask_all
+from tests.helpers.fault_proxy import fault_proxy
 from tests.helpers.scienceqa import PROBLEMS, problem, write_predictions, write_scienceqa
 
 TEXTS = {"1": "A", "2": "The answer is B.", "3": "(C)", "4": "D", "5": "no idea"}  # none for 6
@@ -51,8 +58,8 @@ def test_the_three_forms_of_a_file(tmp_path):
         ('{"outputs": {"1": 3}}', r"f outputs\['1'\]: the answer must be text .*got 3"),
         ('{"id": "1", "text": "A"}\n{"id": "2", "text": null}', "f:2: the answer must be text"),
         ('{"id": "1"}', "f:1: the answer must be text"),
-        ('{"text": "A"}', "f:1: 'id' or 'question_id' must be"),
-        ('{"id": true, "text": "A"}', "f:1: 'id' or 'question_id' must be"),
+        ('{"text": "A"}', "f:1: has neither 'id' nor 'question_id'; give JSONL"),
+        ('{"id": true, "text": "A"}', "f:1: 'id' must be a whole number or text, got True; give JSONL"),
         ('{"id": "1", "text": "A"}\n{', "f:2: not valid JSON"),
         ('["A"]', "f:1: expected an object, got list"),
         ('{"id": 1, "question_id": 2, "text": "A"}', "f:1: 'id' and 'question_id' differ"),
@@ -161,31 +168,29 @@ FIRST = {"both": Answer(0), "differ": Answer(0), "lost": Answer(0), "first": Ans
 SECOND = {"both": Answer(0), "differ": Answer(1), "lost": Answer(1), "first": NO, "second": Answer(1), "none": NO}
 
 
-class _Refusing:
-    """A client of an endpoint that takes nothing but the last request."""
-
-    def ask(self, requests, check):
-        for text, reason, is_fit in (("", "stop", True), ("A", "length", True), ("", "length", False)):
-            assert (check(requests[0], ChatReply(text, "m", reason, "1", 9, 7)) is None) == is_fit
-        for request in requests[:-1]:
-            yield Outcome(request, None, "refused: too long")
-        yield Outcome(requests[-1], None, self.last)
-
-
 @pytest.mark.parametrize(
-    ("last", "again"), [("refused: too long", False), ("rejected: no text", False), ("budget", True)]
+    ("fault", "max_total_tokens", "problem", "is_final"),
+    [("http_400", None, "refused: http_400", True), ("empty_reply", None, "rejected: no text, ended by 'length'", True),
+     ("http_400", 0, "budget", False)],
 )
-def test_what_is_refused_is_named_and_not_asked_again(last, again):
-    client, requests = _Refusing(), [ChatRequest(str(number), "m", (), 1) for number in range(5)]
-    client.last = last
-    with pytest.raises(BackendUnavailableError) as raised:
-        ask_all(client, requests)
-    lines = str(raised.value).splitlines()
-    assert lines[:2] == [
-        "5 of 5 requests have no reply:",
-        f"  refused: too long ({4 + (last == 'refused: too long')}, the first: 0, 1, 2)",
-    ]
-    assert "refused again" in str(raised.value) and ("Run the same command again" in str(raised.value)) == again
+def test_requests_without_a_reply_are_named_with_what_to_do(tmp_path, fault, max_total_tokens, problem, is_final):
+    requests = [ChatRequest(str(number), "m", (Message("user", f"{number}?"),), 1) for number in range(5)]
+    budget = Budget(max_total_tokens=max_total_tokens)
+    with fault_proxy(lambda body: "A", fault_frac=1, faults=[fault]) as proxy:
+        with ChatClient(Endpoint(proxy.base_url), ReplyCache(tmp_path), budget, Limits(), RetryPolicy()) as client:
+            with pytest.raises(BackendUnavailableError) as raised:
+                ask_all(client, requests)
+    head, what, advice = str(raised.value).splitlines()
+    assert head == "5 of 5 requests have no reply:"
+    assert what.startswith(f"  {problem}") and what.endswith(" (5, the first: 0, 1, 2)")
+    assert ("refused again" in advice, "Run the same command again" in advice) == (is_final, not is_final)
+
+
+def test_an_empty_reply_that_ended_by_itself_is_an_answer(tmp_path):
+    requests = [ChatRequest("1", "m", (Message("user", "?"),), 1)]
+    with fault_proxy(lambda body: "") as proxy:
+        with ChatClient(Endpoint(proxy.base_url), ReplyCache(tmp_path), Budget(), Limits(), RetryPolicy()) as client:
+            assert [reply.text for reply in ask_all(client, requests)] == [""]
 
 
 def test_complement_takes_the_first_where_the_second_has_no_answer():

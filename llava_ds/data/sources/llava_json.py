@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,11 @@ def check_unicode(where: str, *texts: str) -> None:
         raise DataError(
             f"{where}: not Unicode text: {error}; repair the \\u escapes of the record", reason="not Unicode text"
         ) from error
+
+
+def is_number(value: Any) -> bool:
+    """An int or float that is finite as a float; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _parse_turn(turn: Any, where: str) -> Turn:
